@@ -1,0 +1,45 @@
+"A small language model, from the first softmax to an assistant that chats. `import tiny_llm` loads nothing heavy."
+__version__ = "0.1.0"
+
+import sys
+from importlib import import_module
+from types import ModuleType
+
+# Where each public name lives. A module is imported when one of its names is first used.
+_home = {name: module for module, names in {
+    "basics":    "UserError check exercise figure pick_device",
+    "math":      "bits_per_byte cross_entropy entropy perplexity softmax",
+    "attention": "KVCache attention causal_mask document_mask",
+    "rope":      "apply_rope rope_table",
+    "blocks":    "Attention Block RMSNorm SwiGLU",
+    "model":     "ModelConfig Transformer preset presets",
+    "stories":   "Story conversations fulfilled parse stories",
+    "tokenizer": "Tokenizer train_tokenizer",
+    "data":      "Batches documents pack tokenize",
+    "folder":    "load save",
+    "optim":     "make_optimizer schedule",
+    "train":     "Run evaluate_loss plan train",
+    "generate":  "generate grade_stories stream",
+    "finetune":  "finetune grade_chat",
+    "chat":      "ChatSession chat",
+}.items() for name in names.split()}
+__all__ = sorted(_home)
+
+
+class _Package(ModuleType):
+    "`tl.train` is the function, whichever of `tl.train` and `from tiny_llm.train import …` comes first."
+    def __setattr__(self, name, value):
+        if _home.get(name) == name and isinstance(value, ModuleType): value = getattr(value, name, value)
+        super().__setattr__(name, value)
+
+sys.modules[__name__].__class__ = _Package
+
+
+def __getattr__(name):
+    if name not in _home: raise AttributeError(f"module 'tiny_llm' has no attribute {name!r}")
+    value = getattr(import_module(f"tiny_llm.{_home[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__(): return sorted({*globals(), *_home})
