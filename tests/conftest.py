@@ -1,0 +1,37 @@
+"""pytest's settings: `pytest` at the top collects tests/ alone and leaves out tests marked slow; `--slow` runs them too.
+
+The project's top level has no file for pytest, so what an ini file would say stands here.
+"""
+import os, sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")      # idle OpenMP threads sleep instead of spinning on two cores
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("MPLBACKEND", "agg")
+os.environ.setdefault("PYTEST_TIMEOUT", "600")           # seconds for one test, read by pytest-timeout
+sys.path[:0] = [p for p in (str(ROOT), str(ROOT/"tests")) if p not in sys.path]
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="run the tests marked slow too")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes minutes; left out unless --slow or -m is given")
+    if not config.option.markexpr and not config.getoption("--slow"): config.option.markexpr = "not slow"
+    if config.args_source is pytest.Config.ArgsSource.INVOCATION_DIR and config.invocation_params.dir == ROOT:
+        config.args = [str(ROOT/"tests")]
+
+
+@pytest.fixture(scope="session")
+def root(): return ROOT
+
+
+@pytest.fixture(scope="session")
+def tree(tmp_path_factory):
+    "A copy of the project's files, as a commit would hold them, to export, clean and build in. Do not write into it: copy it."
+    from house import copy_tree
+    return copy_tree(tmp_path_factory.mktemp("tree")/"tiny_llm")

@@ -1,0 +1,172 @@
+"""Execute notebooks and store their outputs, so that running twice leaves no diff.
+
+    python tests/run_notebook.py nbs/05_model.ipynb          # everything but cells marked slow, gpu or notest
+    python tests/run_notebook.py nbs/05_model.ipynb --slow   # slow and notest cells too; --gpu for gpu cells
+    python tests/run_notebook.py --check                     # which notebooks hold stale outputs?
+
+A cell that is not run (`#| eval: false`, a flag, or `%%script false`) keeps the outputs it has.
+The hash of the code that made the outputs is written into the notebook's metadata, which is how a test sees stale ones.
+"""
+import argparse, json, os, re, sys, time
+from configparser import ConfigParser
+from hashlib import sha256
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+WIDGET = "application/vnd.jupyter.widget-view+json"
+FLAGS = {"slow": "slow notest", "gpu": "gpu"}  # option: the flags of the cells it lets run
+
+
+def settings():
+    config = ConfigParser(delimiters=["="])
+    config.read(ROOT/"settings.ini", encoding="utf-8")
+    return config["DEFAULT"]
+
+
+def text(source): return source if isinstance(source, str) else "".join(source)
+
+
+def directives(source):
+    "The leading `#|` lines of a cell: {'slow': '', 'eval': 'false', …}"
+    found = {}
+    for line in text(source).splitlines():
+        if not line.strip() or line.lstrip().startswith("%%"): continue
+        m = re.match(r"\s*#\s*\|\s*([\w-]+)\s*:?\s*(.*?)\s*$", line)
+        if not m: break
+        found[m[1]] = m[2]
+    return found
+
+
+def code_hash(nb, flag=None):
+    "sha256 of the code cells, or of those that option `flag` lets run; directive lines (captions, labels) do not count."
+    wanted = set(FLAGS[flag].split()) if flag else set()
+    cells = [text(c["source"]) for c in nb["cells"] if c["cell_type"] == "code"]
+    if flag: cells = [c for c in cells if wanted & directives(c).keys()]
+    lines = [[l.rstrip() for l in c.splitlines() if l.strip() and not re.match(r"\s*#\s*\|", l)] for c in cells]
+    return sha256(json.dumps([l for l in lines if l]).encode()).hexdigest()
+
+
+def stale(nb):
+    "Why the stored outputs do not belong to the code, or ''."
+    stamp = nb["metadata"].get("tiny_llm", {})
+    if stamp.get("code_sha256") != code_hash(nb): return "the code changed since the outputs were stored"
+    for flag in FLAGS:
+        if any(set(FLAGS[flag].split()) & directives(c["source"]).keys() for c in nb["cells"] if c["cell_type"] == "code"):
+            if stamp.get(f"{flag}_sha256") != code_hash(nb, flag): return f"cells marked {FLAGS[flag]} changed: run with --{flag}"
+    return ""
+
+
+def skipped(source, flags):
+    "Is this cell left alone?"
+    d = directives(source)
+    return d.get("eval", "").lower() == "false" or "nbdev_export(" in source or bool(flags & d.keys())
+
+
+def last_lines(s):
+    "What a terminal would still show of each line that was rewritten by carriage returns."
+    return "\n".join(next((p for p in reversed(l.split("\r")) if p), "") for l in s.split("\n"))
+
+
+def clean_outputs(cell):
+    "Drop widgets, progress bars and stderr; join streams. What a reader loses on stderr is printed here."
+    kept = []
+    for out in cell.outputs:
+        if out.output_type == "stream":
+            if out.name == "stderr":
+                noise = "\n".join(l for l in last_lines(out.text).split("\n") if l.strip() and not re.search(r"\d+%\|", l))
+                if noise: print(f"  stderr, not stored: {noise}", file=sys.stderr)
+                continue
+            out.text = last_lines(out.text)
+            if kept and kept[-1].output_type == "stream": kept[-1].text += out.text
+            else: kept.append(out)
+        else:
+            if WIDGET in out.get("data", {}):
+                out.data.pop(WIDGET)
+                if out.data.keys() <= {"text/plain"}: continue
+            if "metadata" in out: out.metadata = {k: v for k, v in out.metadata.items() if k.startswith("image/")}
+            kept.append(out)
+    cell.outputs = kept
+
+
+def execute(path, flags=frozenset(), timeout=900):
+    "The notebook at `path` after running all cells but those marked by `flags`; raises CellExecutionError."
+    import nbformat
+    from nbclient import NotebookClient
+
+    class Client(NotebookClient):
+        async def async_execute_cell(self, cell, cell_index, *args, **kwargs):
+            if cell.cell_type == "code" and skipped(cell.source, flags): return cell
+            start = time.perf_counter()
+            try: return await super().async_execute_cell(cell, cell_index, *args, **kwargs)
+            finally: spent.append((time.perf_counter()-start, cell_index))
+
+    nb, spent = nbformat.read(path, 4), []
+    env = dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+               PYTHONHASHSEED="0", OMP_WAIT_POLICY=os.environ.get("OMP_WAIT_POLICY", "PASSIVE"), PYDEVD_DISABLE_FILE_VALIDATION="1")
+    env.pop("MPLBACKEND", None)  # or figures would not be shown in the notebook
+    Client(nb, timeout=timeout, kernel_name="python3", record_timing=False, store_widget_state=False, coalesce_streams=False,
+           extra_arguments=["--log-level=ERROR"], resources={"metadata": {"path": str(path.parent)}}).execute(env=env)
+    for cell in nb.cells:
+        if cell.cell_type == "code": clean_outputs(cell)
+    nb.metadata.pop("widgets", None)
+    return nb, spent
+
+
+def store(nb, path):
+    "Write `nb` as nbdev_clean would leave it; a notebook that did not change is not touched."
+    import nbformat
+    from execnb.nbio import dict2nb, nb2str
+    from nbdev.clean import clean_nb
+    c = settings()
+    nb = dict2nb(json.loads(nbformat.writes(nb, 4)))
+    clean_nb(nb, allowed_metadata_keys=c["allowed_metadata_keys"].split(), allowed_cell_metadata_keys=c["allowed_cell_metadata_keys"].split())
+    new = nb2str(nb)
+    if new != path.read_text(encoding="utf-8"):
+        beside = path.with_suffix(".tmp")
+        beside.write_text(new, encoding="utf-8", newline="\n")
+        os.replace(beside, path)
+
+
+def run(path, slow=False, gpu=False, timeout=900):
+    "Execute one notebook and store its outputs with the hash of their code."
+    start, options = time.perf_counter(), {"slow": slow, "gpu": gpu}
+    flags = {f for option, names in FLAGS.items() if not options[option] for f in names.split()}
+    nb, spent = execute(path, flags, timeout)
+    stamp = nb.metadata.get("tiny_llm", {})
+    for option in FLAGS:
+        marked = any(set(FLAGS[option].split()) & directives(c.source).keys() for c in nb.cells if c.cell_type == "code")
+        if not marked: stamp.pop(f"{option}_sha256", None)
+        elif options[option]: stamp[f"{option}_sha256"] = code_hash(nb, option)
+    nb.metadata["tiny_llm"] = {**stamp, "code_sha256": code_hash(nb)}
+    store(nb, path)
+    for where in sorted(set(re.findall(r"/(?:root|work|home/\w+|tmp)/[\w./-]*", json.dumps([c.get("outputs") for c in nb.cells])))):
+        print(f"  an output shows a path of this machine: {where}", file=sys.stderr)
+    seconds, cell = max(spent, default=(0, 0))
+    print(f"{path.name}: {time.perf_counter()-start:.1f} s, slowest cell {cell} {seconds:.1f} s, {path.stat().st_size/1e3:.0f} KB")
+    if (why := stale(nb)): print(f"  {why}", file=sys.stderr)
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("notebooks", nargs="*", type=Path, help="default: all of nbs/")
+    p.add_argument("--slow", action="store_true", help="run the cells marked slow or notest too")
+    p.add_argument("--gpu", action="store_true", help="run the cells marked gpu too")
+    p.add_argument("--check", action="store_true", help="only list notebooks whose outputs are stale; exit code 1 if there are any")
+    p.add_argument("--timeout", type=int, default=900, help="seconds for one cell")
+    a = p.parse_args()
+    paths = [f.resolve() for f in a.notebooks] or sorted((ROOT/"nbs").glob("*.ipynb"))
+    failed = 0
+    for path in paths:
+        if a.check:
+            why = stale(json.loads(path.read_text(encoding="utf-8")))
+            if why: print(f"{path.name}: {why}")
+            failed += bool(why)
+            continue
+        try: run(path, a.slow, a.gpu, a.timeout)
+        except Exception as e:
+            print(f"{path.name}: not stored\n{e}", file=sys.stderr)
+            failed += 1
+    sys.exit(bool(failed))
+
+
+if __name__ == "__main__": main()
