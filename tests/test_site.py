@@ -6,7 +6,8 @@ import json, os, re, shutil, subprocess
 
 import pytest, yaml
 
-from house import NBS, ROOT, copy_tree, floor, notebooks, python, run
+from house import NBS, ROOT, code_cells, copy_tree, floor, notebooks, python, read, run, source
+from run_notebook import directives, settings
 
 pages = [p.name for p in notebooks()]
 every = pytest.mark.parametrize("page", pages, ids=lambda n: n.removesuffix(".ipynb"))
@@ -94,7 +95,6 @@ def test_sidebar_numbers_are_those_of_the_files():
 
 
 def test_quarto_settings_agree_with_settings_ini():
-    from run_notebook import settings
     c, site = settings(), config["website"]
     assert site["title"] == c["title"] and site["description"] == c["description"] and site["repo-url"] == c["git_url"]
     assert site["site-url"] == c["doc_host"] + c["doc_baseurl"] and site["repo-branch"] == c["branch"] and site["repo-subdir"] == c["nbs_path"]
@@ -125,6 +125,13 @@ def test_front_matter(site, page):
     assert front["title"] and front["output-file"] == page_file(page)
     assert front["description"].endswith("."), "the blurb is a sentence and becomes the page's description"
     assert not any("default_exp" in "".join(c["source"]) for c in site.nb[page]["cells"] if c["cell_type"] == "code"), "directives are gone"
+
+
+@every
+def test_exported_code_is_shown(site, page):
+    "`#| export` takes a cell off the page and leaves its signature; `#| exports` shows the source, which is what readers came for."
+    hidden = [s for c in code_cells(read(NBS/page)) if "export" in directives(s := source(c)) and re.search(r"^(?:def|class) [a-zA-Z]", s, re.M)]
+    assert not hidden, f"{len(hidden)} cells say #| export instead of #| exports, first: {hidden[0][:80]!r}"
 
 
 @every

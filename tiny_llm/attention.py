@@ -34,7 +34,7 @@ def _plain(q, k, v, mask):
 def _fused(q, k, v, mask, causal):
     "The same by PyTorch's kernel, which never writes the scores to memory."
     (B, H, T, D), K = q.shape, k.shape[1]
-    if T == 1 and (mask is None or mask.shape[1] == 1):  # one query: the heads of a group are queries of one head
+    if T == 1 and (mask is None or mask.shape[1] == 1):  # the heads of a group become queries of one head
         q = q.reshape(B, K, H // K, D)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).reshape(B, H, 1, D)
     if H != K: k, v = k.repeat_interleave(H // K, 1), v.repeat_interleave(H // K, 1)
@@ -45,13 +45,14 @@ def attention(
     q,                  # (B, H, T, D) queries
     k,                  # (B, K, S, D) keys, H a multiple of K
     v,                  # (B, K, S, D) values
-    mask=None,          # bool, broadcasts to (B, H, T, S), True = may look; None = causal, last query on last key
+    mask=None,          # bool, broadcasts to (B, H, T, S), True = may look; None = causal, ends aligned
     fused: bool = None, # True: PyTorch's kernel; False: plain softmax; None: the faster one here
 ):                      # (B, H, T, D)
     "For each query the average of the values, weighted by its match with the keys: equation (2.5)."
     H, T, K, S = q.shape[1], q.shape[2], k.shape[1], k.shape[2]
     if H % K: raise UserError(f"{H} query heads cannot share {K} key heads: {H} must be a multiple of {K}.")
-    if mask is None and S < T: raise UserError(f"{T} queries but {S} keys: without a mask, each query needs a key.")
+    if mask is None and S < T:
+        raise UserError(f"{T} queries but {S} keys: without a mask, each query needs a key of its own.")
     if mask is not None and mask.dtype != torch.bool:
         raise UserError(f"the mask is {mask.dtype}; it must be bool, True = may look.")
     slow_backward = q.device.type == "cpu" and q.requires_grad and q.dtype in (torch.bfloat16, torch.float16)
@@ -95,15 +96,11 @@ class KVCache:
         self.k[layer, :, :, self.length:end], self.v[layer, :, :, self.length:end] = k, v
         return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
 
-    def advance(self,
-        T: int,  # tokens that every layer has written
-    ):
+    def advance(self, T: int):  # tokens that every layer has written
         "Count the tokens as seen: called once per step, after the last layer."
         self.length += T
 
-    def truncate(self,
-        n: int,  # tokens to keep
-    ):
+    def truncate(self, n: int):  # tokens to keep
         "Forget all tokens but the first `n`."
         if not 0 <= n <= self.length:
             raise UserError(f"The cache holds {self.length} tokens and cannot be cut to {n}.")

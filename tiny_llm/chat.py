@@ -176,15 +176,15 @@ class ChatCell:
     ):
         import ipywidgets as W
         self.session, self.worker, self._turn = session, None, threading.Lock()
-        wide = dict(flex="1 1 auto", width="auto")
-        self.log, self.live, self.status = W.HTML(), W.HTML(), W.HTML()
-        self.entry = W.Text(placeholder="Type a message, press Enter", continuous_update=True, layout=W.Layout(**wide))
+        words = dict(description_width="initial")
+        self.log, self.live, self.status = W.HTML(layout=W.Layout(margin="0")), W.HTML(layout=W.Layout(margin="0")), W.HTML()
+        self.entry = W.Text(placeholder="Type a message, press Enter", continuous_update=True, layout=W.Layout(flex="1 1 auto", width="auto"))
         self.send = W.Button(description="Send", button_style="primary", layout=W.Layout(width="80px"))
         self.stop = W.Button(description="Stop", disabled=True, layout=W.Layout(width="80px"))
         self.clear = W.Button(description="Clear", layout=W.Layout(width="80px"))
         s, ctx = session.settings, session.model.cfg.ctx
-        self.temperature = W.FloatSlider(value=s["temperature"], min=0, max=max(2, s["temperature"]), step=0.1, description="temperature", readout_format=".1f")
-        self.length = W.IntSlider(value=min(s["max_tokens"], ctx), min=1, max=ctx, description="max tokens")
+        self.temperature = W.FloatSlider(value=s["temperature"], min=0, max=max(2, s["temperature"]), step=0.1, description="temperature", readout_format=".1f", style=words)
+        self.length = W.IntSlider(value=min(s["max_tokens"], ctx), min=1, max=ctx, description="max tokens", style=words)
         self.send.on_click(lambda _: self._start())
         self.stop.on_click(lambda _: self.session.stop())
         self.clear.on_click(lambda _: self._clear())

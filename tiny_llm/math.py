@@ -21,7 +21,7 @@ def softmax(
 ):                             # like x, probabilities
     "Equation (1.4); the largest score is subtracted first, so that no temperature overflows."
     if not temperature > 0:
-        raise UserError(f"temperature is {temperature}; it must be above 0. To take the best always, use argmax.")
+        raise UserError(f"temperature is {temperature}; it must be above 0 (for the best always: argmax).")
     return torch.softmax(x if temperature == 1 else (x - x.amax(dim, keepdim=True)) / temperature, dim)
 
 # %% ../nbs/01_math.ipynb #ecb2cd1f

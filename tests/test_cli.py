@@ -1,0 +1,315 @@
+"The command `tiny_llm` as a person meets it: the road in processes of their own, and every mistake with its one line and exit code."
+import errno, json, os, shutil, signal, subprocess, sys, time
+from pathlib import Path
+
+import pytest
+
+from house import environment, files
+
+TL = Path(sys.executable).parent/"tiny_llm"
+SMALL = ["--preset", "tiny", "--ctx", "64", "--batch", "4", "--vocab_size", "300", "--no-compile", "--dtype", "float32", "--device", "cpu"]
+unix = pytest.mark.skipif(os.name == "nt", reason="needs signals and terminals as Unix has them")
+
+
+def tl(*words, cwd, stdin=None, timeout=120, **env):
+    "Run a line; what came of it."
+    given = dict(input=stdin) if stdin is not None else dict(stdin=subprocess.DEVNULL)
+    return subprocess.run([TL, *map(str, words)], cwd=cwd, env=environment(**env), capture_output=True, text=True, encoding="utf-8", timeout=timeout, **given)
+
+
+def fine(*words, cwd, **kw):
+    p = tl(*words, cwd=cwd, **kw)
+    assert p.returncode == 0, f"{' '.join(map(str, words))} ended with {p.returncode}\n{p.stdout}{p.stderr}"
+    return p.stdout
+
+
+def wrong(*words, cwd, says, notes=0, code=2, top=None):
+    "A line that must fail: one line of error (after `notes` notes), the exit code, and every file below `top` as it was."
+    before = files(top or cwd)
+    p = tl(*words, cwd=cwd)
+    lines = p.stderr.splitlines()
+    assert p.returncode == code and p.stdout == "" and "Traceback" not in p.stderr, f"ended with {p.returncode}\n{p.stdout}{p.stderr}"
+    assert len(lines) <= notes + 1 and lines[-1].startswith("tiny_llm: ") and says in lines[-1], p.stderr
+    assert files(top or cwd) == before
+    return lines[-1]
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory):
+    "A folder with a small text and a run on it."
+    d = tmp_path_factory.mktemp("desk")
+    (d/"ducks.txt").write_text("\n".join(f"{n} little ducks went swimming one day, over the hills and far away." for n in range(600)))
+    (d/"chats.jsonl").write_text("\n".join(json.dumps(dict(instruction=f"Greet {n}.", response=f"Hello, {n}!")) for n in range(100)))
+    fine("train", "--data", "ducks.txt", "--steps", 20, *SMALL, "--out", "run", cwd=d)
+    return d
+
+
+@pytest.fixture
+def room(desk, tmp_path):
+    "A copy of the desk to break things in."
+    shutil.copytree(desk, tmp_path/"room")
+    return tmp_path/"room"
+
+
+# The road ------------------------------------------------------------------------------------------------------------
+
+def test_help_is_light_and_complete(tmp_path):
+    from tiny_llm.cli import commands
+    start = time.perf_counter()
+    text = fine("--help", cwd=tmp_path)
+    print(f"tiny_llm --help took {time.perf_counter() - start:.2f} s")
+    assert all(f"\n  {word} " in text for word in "quickstart train generate chat finetune eval plot info".split())
+    for word in commands:
+        start = time.perf_counter()
+        assert "--help" in fine(word, "--help", cwd=tmp_path)
+        print(f"tiny_llm {word} --help took {time.perf_counter() - start:.2f} s")
+    code = "import sys; from tiny_llm.cli import main; main(['quickstart', '--help']); sys.exit(any(m in sys.modules for m in ('torch', 'numpy', 'datasets')))"
+    assert subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True).returncode == 0
+
+
+def test_train_made_a_run_folder(desk):
+    assert {p.name for p in (desk/"run").iterdir()} == {"best", "config.json", "last", "metrics.jsonl", "plots.png", "summary.json"}
+
+
+def test_generate_is_repeatable_and_plain(desk):
+    line = ["generate", "--model", "run", "--prompt", "7 little", "--max-tokens", 12, "--seed", 3]
+    text = fine(*line, cwd=desk)
+    assert text.startswith("7 little") and text == fine(*line, cwd=desk) and "\x1b" not in text
+
+
+def test_eval_plot_info(desk):
+    said = fine("eval", "--model", "run", "--data", "ducks.txt", "--device", "cpu", cwd=desk)
+    assert "validation loss" in said and "bits per byte" in said and "floor" not in said
+    (desk/"run"/"plots.png").unlink()
+    assert "plots.png" in fine("plot", "--run", "run", cwd=desk) and (desk/"run"/"plots.png").read_bytes()[:4] == b"\x89PNG"
+    said = fine("info", "--model", "run", cwd=desk)
+    assert "parameters" in said and "context 64" in said
+    assert "quick" in fine("info", cwd=desk)
+
+
+def test_finetune_then_chat_through_a_pipe(room):
+    fine("finetune", "--model", "run", "--data", "chats.jsonl", "--steps", 5, "--batch", 4, "--out", "chat", cwd=room)
+    said = fine("chat", "--model", "chat", "--max_tokens", 5, "--seed", 1, cwd=room,
+                stdin="Greet 7.\n/temperature 0.5\n/top_k 5\n/top_q 5\n/clear\n/help\n/exit\nnever read\n")
+    for part in ("you> Greet 7.", "model>", "temperature is 0.5.", "top_k is 5.", "no command /top_q", "The conversation is empty.", "/clear"): assert part in said
+    assert "never read" not in said and "\x1b" not in said
+    assert "you>" in fine("chat", "--model", "chat", "--max_tokens", 5, cwd=room, stdin="Hi")    # ends with the input
+
+
+def test_quickstart_ends_by_itself(tmp_path):
+    said = fine("quickstart", "--minutes", 0.1, "--preset", "tiny", "--out", "q", "--device", "cpu", cwd=tmp_path, timeout=300)
+    for row in ("parameters", "tokens seen", "training", "validation loss", "floor", "gap", "bits per byte", "stories that parse", "faults of the rest",
+                "requests fulfilled", "generation", "wall time", "the model is in", "tiny_llm chat --model q"): assert row in said, row
+    numbers = json.loads((tmp_path/"q"/"summary.json").read_text())
+    assert numbers["stories"]["n"] == numbers["chat"]["n"] == 200
+    assert {"config.json", "model.safetensors", "tokenizer.json", "README.md"} <= {p.name for p in (tmp_path/"q"/"model").iterdir()}
+    assert "model>" in fine("chat", "--model", "q", "--max_tokens", 5, cwd=tmp_path, stdin="Hi\n")
+    wrong("quickstart", "--out", "q", cwd=tmp_path, says="already holds a quickstart; go on with it (--resume), or choose another folder (--out)")
+    wrong("quickstart", "--out", "q", "--resume", cwd=tmp_path, says="is finished")
+
+
+# Mistakes ------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("words, says", [
+    ("trian", "Did you mean 'train'?"),
+    ("train --minuts 3", "no option --minuts; --help lists them. Did you mean '--minutes'?"),
+    ("train --steps many", "invalid int value: 'many'"),
+    ("train --steps", "expected one argument"),
+    ("train ducks.txt", "'ducks.txt' stands alone"),
+    ("train --data ducks.txt --minutes -1", "minutes is -1"),
+    ("train --data ducks.txt --minutes nan", "minutes is nan"),
+    ("train --data ducks.txt --minutes 1 --steps 5", "not both"),
+    ("train --data ducks.txt --preset qwick", "Did you mean 'quick'?"),
+    ("train --data ducks.txt --optimizer adam --steps 2 --preset tiny --out new", "Did you mean 'adamw'?"),
+    ("train --data duck.txt", "Did you mean 'ducks.txt'?"),
+    ("train --data empty.txt", "empty.txt"),
+    ("train --data binary.bin.txt", "binary.bin.txt is a binary file"),
+    ("train --data short.txt --preset tiny --steps 2 --out new", "give more text"),
+    ("train --data ducks.txt --out run", "already holds a run"),
+    ("train --data ducks.txt --out full", "is not empty"),
+    ("train --data ducks.txt --out run --resume", "is finished"),
+    ("train --data ducks.txt --out none --resume", "no run to resume"),
+    ("train --data ducks.txt --device cudda", "no device 'cudda'"),
+    ("quickstart --minutes -1", "minutes is -1"),
+    ("quickstart --preset qick", "Did you mean 'quick'?"),
+    ("quickstart --out run", "is not empty"),
+    ("quickstart --out full", "is not empty"),
+    ("generate --model rum", "Did you mean 'run'?"),
+    ("generate --model full", "it has no config.json"),
+    ("generate --model run --temperature -1", "temperature is -1"),
+    ("chat", "there is no model folder runs/quickstart; make one with"),
+    ("finetune --model run --data chat.jsonl", "Did you mean 'chats.jsonl'?"),
+    ("finetune --model run --data broken.jsonl", "line 2"),
+    ("finetune --model run --data rows.jsonl", "row 1 of rows.jsonl is no conversation"),
+    ("finetune --model run --data chats.jsonl --steps 2 --out run", "already holds a run"),
+    ("plot --run full", "is not a run folder"),
+    ("info --preset tiny --model run", "not both"),
+    ("info --preset tinny", "Did you mean 'tiny'?"),
+])
+def test_a_mistake_is_one_line(desk, words, says):
+    for name, data in {"empty.txt": b"", "binary.bin.txt": b"PK\0\1" * 400, "short.txt": b"Once upon a time.", "full/mine.txt": b"keep me",
+                       "broken.jsonl": b'{"instruction": "a", "response": "b"}\n{', "rows.jsonl": b'{"text": "a"}\n{"text": "b"}'}.items():
+        (desk/name).parent.mkdir(exist_ok=True)
+        (desk/name).write_bytes(data)
+    wrong(*words.split(), cwd=desk, says=says, notes=1)
+
+
+def flip(data): return data[:len(data)//2] + bytes([data[len(data)//2] ^ 1]) + data[len(data)//2 + 1:]
+
+
+@pytest.mark.parametrize("name, harm", [("model.safetensors", None), ("model.safetensors", lambda d: d[:len(d)//2]), ("model.safetensors", flip),
+                                        ("tokenizer.json", None), ("tokenizer.json", lambda d: d[:len(d)//2]), ("tokenizer.json", flip), ("config.json", lambda d: d[:40])],
+                         ids=lambda x: x if isinstance(x, str) else "missing" if x is None else "flipped" if x is flip else "truncated")
+def test_a_damaged_model_folder(room, name, harm):
+    file = room/"run"/"best"/name
+    file.write_bytes(harm(file.read_bytes())) if harm else file.unlink()
+    wrong("generate", "--model", "run/best", cwd=room, says=name.split(".")[0])
+
+
+@pytest.mark.parametrize("sums", [True, False], ids=["with sums", "without sums"])
+def test_a_foreign_tokenizer(room, sums):
+    from tiny_llm.tokenizer import train_tokenizer
+    train_tokenizer([(room/"ducks.txt").read_text()[::-1]] * 2, 280).save(room/"run"/"best")
+    if not sums: (room/"run"/"best"/"SHA256SUMS").unlink()
+    wrong("generate", "--model", "run", cwd=room, says="tokenizer")
+
+
+def test_ids_out_of_range(room):
+    "A tokenizer that knows more tokens than the model, in a folder that says nothing about either; and in Python."
+    import torch
+    from tiny_llm.basics import UserError
+    from tiny_llm.folder import load
+    model, tok = load(room/"run"/"best", device="cpu")
+    with pytest.raises(UserError, match="ids must lie in"): model.eval()(torch.tensor([[5000]]))
+    with pytest.raises(UserError, match="not in this vocabulary"): tok.decode([5000])
+    from tiny_llm.tokenizer import train_tokenizer
+    best = room/"run"/"best"
+    train_tokenizer([(room/"ducks.txt").read_text()], 400).save(best)
+    (best/"SHA256SUMS").unlink()
+    config = json.loads((best/"config.json").read_text())
+    config.pop("tiny_llm", None)
+    (best/"config.json").write_text(json.dumps(config))
+    wrong("generate", "--model", "run", "--prompt", "swimming one day", cwd=room, says="tokenizer")
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    "A disk of 300 KB with a file on it."
+    d = tmp_path/"disk"
+    d.mkdir()
+    if not (hasattr(os, "geteuid") and os.geteuid() == 0 and shutil.which("mount")): pytest.skip("mounting a small disk needs root")
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(d)], capture_output=True, text=True)
+    if done.returncode: pytest.skip(f"a small disk could not be mounted: {done.stderr.strip()}")
+    (d/"mine.txt").write_text("keep me")
+    yield d
+    subprocess.run(["umount", str(d)], check=True)
+
+
+def test_a_full_disk(desk, small_disk):
+    p = tl("train", "--data", "ducks.txt", "--steps", 5, *SMALL, "--out", small_disk/"run", cwd=desk)
+    assert p.returncode == 2 and p.stdout == "" and "Traceback" not in p.stderr, p.stderr
+    assert os.strerror(errno.ENOSPC) in p.stderr.splitlines()[-1] and str(small_disk) in p.stderr.splitlines()[-1], p.stderr
+    assert (small_disk/"mine.txt").read_text() == "keep me"
+    assert not list(small_disk.rglob("model.safetensors"))     # no half of a model
+
+
+# Signals and terminals -----------------------------------------------------------------------------------------------
+
+@unix
+def test_ctrl_c_and_resume(desk, tmp_path):
+    line = [TL, "train", "--data", desk/"ducks.txt", "--steps", "1500", *SMALL, "--out", tmp_path/"run"]
+    p = subprocess.Popen(list(map(str, line)), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True)
+    until(lambda: (tmp_path/"run"/"metrics.jsonl").exists() and len((tmp_path/"run"/"metrics.jsonl").read_text().splitlines()) > 2 or p.poll() is not None)
+    p.send_signal(signal.SIGINT)
+    out, err = p.communicate(timeout=60)
+    assert p.returncode == 130 and "Traceback" not in err and "--resume goes on" in err.splitlines()[-1], err
+    step = json.loads((tmp_path/"run"/"summary.json").read_text())["step"]
+    assert 0 < step < 1500
+    fine(*line[1:], "--resume", cwd=tmp_path)
+    assert json.loads((tmp_path/"run"/"summary.json").read_text())["step"] == 1500
+
+
+@unix
+def test_the_reader_goes_away(desk):
+    p = subprocess.Popen([str(TL), "generate", "--model", "run", "--max_tokens", "60", "--temperature", "0"], cwd=desk, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    p.stdout.close()
+    assert p.wait(60) == 141 and p.stderr.read() == b""
+
+
+def until(done, seconds=60):
+    end = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.05)
+
+
+class Terminal:
+    "A line that runs in a terminal of its own."
+    def __init__(self, *words, cwd, **env):
+        import pty
+        self.pid, self.fd = pty.fork()
+        if self.pid == 0:
+            os.chdir(cwd)
+            os.execve(str(TL), [str(TL), *map(str, words)], environment(TERM="xterm", **env))
+        self.seen, self.read = "", 0
+
+    def expect(self, text, seconds=60):
+        "Wait until a text appears behind what was expected before; what came up to it."
+        import select
+        end = time.monotonic() + seconds
+        while (at := self.seen.find(text, self.read)) < 0:
+            assert time.monotonic() < end, f"{text!r} did not appear after: {self.seen[self.read:]!r}"
+            if select.select([self.fd], [], [], 0.2)[0]:
+                try: self.seen += os.read(self.fd, 4096).decode("utf-8", "replace")
+                except OSError: raise AssertionError(f"ended before {text!r} appeared: {self.seen!r}") from None
+        piece, self.read = self.seen[self.read:at], at + len(text)
+        return piece
+
+    def type(self, text): os.write(self.fd, text.encode())
+
+    def code(self):
+        "The exit code, once it has ended."
+        end = time.monotonic() + 30
+        while True:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid: return os.waitstatus_to_exitcode(status)
+            try: self.seen += os.read(self.fd, 4096).decode("utf-8", "replace")
+            except OSError: time.sleep(0.05)
+            if time.monotonic() > end: os.kill(self.pid, signal.SIGKILL); raise AssertionError("it does not end")
+
+
+@pytest.fixture(scope="module")
+def talker(desk):
+    "A model with a long context, which at temperature 0 talks until somebody stops it."
+    fine("train", "--data", "ducks.txt", "--steps", 3, "--preset", "tiny", "--ctx", 3000, "--batch", 1, "--vocab_size", 300, "--no-compile", "--out", "long", cwd=desk)
+    return desk/"long"
+
+
+@unix
+def test_chat_in_a_terminal(talker):
+    t = Terminal("chat", "--model", talker, "--temperature", 0, "--max_tokens", 2500, cwd=talker.parent)
+    t.expect("you>")
+    t.type("Hello\n")
+    t.expect("model>"); t.expect(" ")
+    time.sleep(0.3)
+    t.type("\x03")                                   # Ctrl-C stops the reply, not the chat
+    t.expect("(stopped)"); t.expect("you>")
+    assert "\x1b[1;34m" in t.seen                    # in colour
+    t.type("/max_tokens 5\n")
+    t.expect("max_tokens is 5."); t.expect("you>")
+    try: import readline
+    except ImportError: readline = None
+    if readline:
+        t.type("\x1b[A\x1b[A\n")                     # two lines up: Hello
+        t.expect("Hello"); t.expect("model>")
+        t.expect("you>")
+    t.type("\x04")                                   # Ctrl-D leaves
+    assert t.code() == 0
+
+
+@unix
+def test_no_colour_where_none_is_wanted(desk):
+    t = Terminal("chat", "--model", "run", "--max_tokens", 3, cwd=desk, NO_COLOR="1")
+    t.expect("you>")
+    t.type("/exit\n")
+    assert t.code() == 0 and "\x1b[1;" not in t.seen

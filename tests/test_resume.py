@@ -1,0 +1,138 @@
+"A run that was stopped, killed or had no room goes on as if nothing had happened."
+import json, os, random, signal, subprocess, sys, time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tiny_llm.basics import UserError
+from tiny_llm.folder import load
+from tiny_llm.model import Transformer, preset
+from tiny_llm.run import Run, mend
+from tiny_llm.stories import stories
+from tiny_llm.tokenizer import train_tokenizer
+from tiny_llm.train import train
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def parts(seed=0):
+    "The same documents and tokenizer each time, and a model whose initial weights depend on `seed`."
+    docs = stories(80, seed=0)
+    tok = train_tokenizer(docs, vocab_size=300)
+    torch.manual_seed(seed)
+    return Transformer(preset("tiny", vocab_size=len(tok), ctx=64, d_model=32)), tok, docs
+
+
+def go(out=None, seed=0, **kw):
+    model, tok, docs = parts(seed)
+    return train(model, tok, docs, val=docs[:2], out=out, device="cpu", compile=False, quiet=True, **kw)
+
+
+def weights(run): return [p.detach().clone() for p in run.model.parameters()]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype, optimizer", [("float32", "adamw"), ("bfloat16", "adamw"), ("float32", "muon")])
+def test_a_pause_changes_no_bit(tmp_path, dtype, optimizer):
+    settings = dict(steps=200, batch=2, dtype=dtype, optimizer=optimizer)
+    whole = go(**settings)
+    paused = go(tmp_path/"run", stop_at=100, **settings)
+    assert (paused.summary["stopped"], paused.summary["step"]) == ("paused", 100)
+    rest = go(tmp_path/"run", seed=7, resume=True)  # other initial weights: all must come from the folder
+    assert rest.summary["step"] == 200
+    assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(rest)))
+    losses = lambda run: [(r["step"], r["loss"], r["lr"]) for r in run.metrics if "loss" in r]
+    assert losses(whole) == losses(rest)
+    last, _ = load(tmp_path/"run"/"last")
+    assert all(torch.equal(a, b) for a, b in zip(weights(rest), last.parameters()))
+
+
+SESSION = """
+import sys; sys.path.insert(0, sys.argv[3])
+import torch; torch.set_num_threads(1)
+from test_resume import go
+from pathlib import Path
+folder = Path(sys.argv[1])
+print("ready", flush=True)
+go(folder, steps=60, batch=2, save_every=1, eval_every=5, log_every=1, dtype="float32", resume=sys.argv[2] == "resume")
+print("done", flush=True)
+"""
+
+
+def session(folder, resume, kill_after=None):
+    "A process that trains; killed so many seconds after its imports. Returns whether it came to its end."
+    env = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])))
+    p = subprocess.Popen([sys.executable, "-c", SESSION, str(folder), "resume" if resume else "new", str(Path(__file__).parent)],
+                         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+    try:
+        assert p.stdout.readline() == "ready\n", p.stderr.read()
+        if kill_after is not None:
+            time.sleep(kill_after)
+            if p.poll() is None: os.kill(p.pid, signal.SIGKILL)
+        out, err = p.communicate(timeout=120)
+    finally:
+        if p.poll() is None: p.kill()
+    if p.returncode != -signal.SIGKILL: assert p.returncode == 0, err
+    return p.returncode == 0
+
+
+@pytest.mark.skipif(os.name == "nt", reason="kill -9")
+def test_kill_minus_nine_at_random_moments(tmp_path):
+    folder, rng, done, kills = tmp_path/"run", random.Random(), False, 0
+    while kills < 4 and not done:
+        done = session(folder, resume=(folder/"config.json").exists(), kill_after=rng.uniform(0.1, 1.5))
+        kills += not done
+        for name in ("last", "best"):
+            mend(folder/name)
+            if (folder/name).exists(): load(folder/name)  # whole: hashes are checked
+    if not done: assert session(folder, resume=(folder/"config.json").exists())
+    run = Run(folder)
+    assert run.summary["stopped"] == "finished" and run.summary["step"] == 60
+    steps = [r["step"] for r in run.metrics if "loss" in r]
+    assert steps == list(range(1, 61))
+    killed, _ = load(folder/"last")
+    whole = go(steps=60, batch=2, dtype="float32")
+    assert all(torch.equal(a, b) for a, b in zip(weights(whole), killed.parameters()))
+    assert sorted(p.name for p in folder.iterdir()) == ["best", "config.json", "last", "metrics.jsonl", "plots.png", "summary.json"]
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    place = tmp_path/"disk"
+    place.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1400k", "tmpfs", str(place)], capture_output=True).returncode:
+        pytest.skip("mounting a small tmpfs needs root")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="tmpfs")
+def test_a_full_disk_leaves_the_checkpoint(small_disk):
+    settings = dict(steps=40, batch=2, dtype="float32")
+    go(small_disk/"run", stop_at=10, **settings)
+    before = {p.relative_to(small_disk): p.read_bytes() for p in (small_disk/"run"/"last").rglob("*") if p.is_file()}
+    ballast = small_disk/"ballast"
+    with pytest.raises(OSError), open(ballast, "wb", buffering=0) as f:
+        while True: f.write(b"\0" * 4096)
+    with pytest.raises(UserError, match="No space left on device.*is intact"): go(small_disk/"run", resume=True)
+    assert {p.relative_to(small_disk): p.read_bytes() for p in (small_disk/"run"/"last").rglob("*") if p.is_file()} == before
+    ballast.unlink()
+    rest = go(small_disk/"run", resume=True)
+    assert all(torch.equal(a, b) for a, b in zip(weights(rest), weights(go(**settings))))
+
+
+def test_a_run_in_minutes_ends_on_time_and_resumes(tmp_path):
+    run = go(tmp_path/"run", minutes=0.05, batch=2, stop_at=20)
+    assert run.summary["stopped"] == "paused"
+    run = go(tmp_path/"run", batch=2, resume=True)
+    lr = [r["lr"] for r in run.metrics if "lr" in r]
+    assert run.summary["stopped"] == "finished" and lr[-1] < 0.1 * max(lr)
+    assert json.loads((tmp_path/"run"/"config.json").read_text())["settings"]["minutes"] == 0.05
