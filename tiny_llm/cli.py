@@ -10,6 +10,7 @@ __all__ = ['commands', 'command', 'make_parser', 'parse', 'tell', 'overview', 'd
 # %% ../nbs/21_cli.ipynb #8df62ff4
 import json, os, re, sys, time, warnings
 from argparse import SUPPRESS
+from contextlib import suppress
 from inspect import getdoc, signature
 from itertools import chain
 from pathlib import Path
@@ -97,7 +98,7 @@ def main(
 ) -> int:        # exit code
     "Run one command. What a person gets wrong ends in one line and code 2."
     for s in (sys.stdin, sys.stdout, sys.stderr):
-        if hasattr(s, "reconfigure"): s.reconfigure(errors="replace")    # a terminal without UTF-8 shows ? instead of failing
+        with suppress(AttributeError, ValueError): s.reconfigure(errors="replace")    # a terminal without UTF-8 shows ? and goes on
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")       # what a person should know is printed as a note
         try: dispatch(sys.argv[1:] if argv is None else list(argv))
@@ -262,7 +263,7 @@ def read_conversations(
 ) -> list:               # conversations
     "The conversations of a source."
     if source == "stories":
-        from tiny_llm.stories import conversations
+        from tiny_llm.talk import conversations
         return conversations(limit or (4000 if split == "train" else 200), seed=seed, split=split)
     from tiny_llm.sources import _json_rows, _read_text
     path = Path(source).expanduser()
@@ -300,8 +301,8 @@ def finetune(
     chats, held = (read_conversations(data, split, n, seed) for split, n in (("train", limit), ("val", limit and max(1, limit // 20))))
     net, tok = open_model(model, device)
     note(f"{data}: {len(chats):,} conversations to learn from, {len(held):,} held out")
-    run = finished(fit(net, tok, chats, val=held, minutes=minutes, steps=steps, out=out, ctx=ctx, batch=batch, lr=lr, seed=seed,
-                       device=device, resume=resume, dtype=dtype, compile=compile), "the same line with --resume")
+    run = finished(fit(net, tok, chats, val=held, minutes=minutes, steps=steps, out=out, ctx=ctx, batch=batch, seed=seed, device=device,
+                       resume=resume, dtype=dtype, compile=compile, **(dict(lr=lr) if lr else {})), "the same line with --resume")
     print(table(train_rows(run)))
     return run
 
@@ -333,7 +334,7 @@ def eval_(
         told = grade_stories(net, tok, n=n, seed=seed, temperature=temperature)
         if tok.template:
             from tiny_llm.finetune import grade_chat
-            chats = grade_chat(net, tok, n=n, seed=seed)
+            chats = grade_chat(net, tok, n=n, seed=seed, max_tokens=min(230, net.cfg.ctx // 2))
     print(table([("documents", f"{len(docs):,} of {data}, {split}"), *loss_rows(val), *judged_rows(told, chats)]))
 
 # %% ../nbs/21_cli.ipynb #e128cffd
@@ -353,11 +354,12 @@ def plot(
 ):
     "Draw the curves of a run again, also while it goes on: plots.png."
     import io
+    import matplotlib.pyplot as plt
     from tiny_llm.run import Run
     for folder in run_folders(run):
         png, fig = io.BytesIO(), Run(folder).plot()
         fig.savefig(png, format="png")
-        fig.clear()
+        plt.close(fig)
         write_file(folder/"plots.png", png.getvalue())
         print(folder/"plots.png")
 

@@ -38,7 +38,8 @@ def swap_in(
 
 # %% ../nbs/08b_folder.ipynb #e877e7e3
 WEIGHTS, SUMS = "model.safetensors", "SHA256SUMS"
-_ours = {"config.json", WEIGHTS, "tokenizer.json", "tokenizer_config.json", "generation_config.json", "README.md", SUMS, "state"}
+_ours = {"config.json", WEIGHTS, "tokenizer.json", "tokenizer_config.json", "generation_config.json",
+         "README.md", SUMS, "state"}
 _theirs = {"special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "vocab.json", "merges.txt"}
 
 def _may_replace(folder):
@@ -49,7 +50,16 @@ def _may_replace(folder):
     other = sorted(names - _ours - _theirs)
     if names and (other or not {"config.json", WEIGHTS} <= names):
         what = f"holds {other[0]}" if other else "is not a model folder"
-        raise UserError(f"{folder} {what} and is left as it is; give the name of a new folder or of a model folder")
+        raise UserError(f"{folder} {what} and is left as it is; name a new folder or a model folder")
+
+# %% ../nbs/08b_folder.ipynb #5d5372ad
+def _fingerprint(
+    tok,  # Tokenizer
+):        # 64 hexadecimal digits, the same for tokenizers that give the same ids
+    "SHA-256 of all that decides a tokenizer's ids."
+    parts = json.loads(tok.tk.to_str())
+    for idle in ("version", "post_processor", "padding", "truncation"): parts.pop(idle, None)
+    return sha256(json.dumps(parts, sort_keys=True, ensure_ascii=False).encode())
 
 # %% ../nbs/08b_folder.ipynb #6b4ba071
 def _card(
@@ -58,12 +68,13 @@ def _card(
 ):               # str
     "README.md: the header that the hub reads, then the text, or a short description."
     c = model.cfg
-    if text is not None and text.lstrip().startswith("---"): return text
+    if text is not None and text.lstrip().startswith("---"): return text  # brings its own header
     kind = "Qwen3" if c.qk_norm else "Llama"
-    text = text or (f"# A small language model\n\n{n_params(model):,} parameters in the layout of {kind}: {c.n_layers} layers, width "
-                    f"{c.d_model}, {c.n_heads} heads, {len(tok):,} tokens, context {c.ctx}. Trained with tiny_llm.\n")
-    return ("---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- tiny_llm\n- text-generation\n---\n\n"
-            + text.rstrip("\n") + "\n")
+    text = text or (f"# A small language model\n\n{n_params(model):,} parameters in the layout of {kind}: "
+                    f"{c.n_layers} layers, width {c.d_model}, {c.n_heads} heads, {len(tok):,} tokens, "
+                    f"context {c.ctx}. Trained with tiny_llm.")
+    header = ["library_name: transformers", "pipeline_tag: text-generation", "tags:", "- tiny_llm"]
+    return "\n".join(["---", *header, "---", "", text.rstrip("\n"), ""])
 
 # %% ../nbs/08b_folder.ipynb #0f8f2724
 def _files(
@@ -74,12 +85,14 @@ def _files(
     config, state = to_hf(model)
     ends = [i for i in dict.fromkeys((tok.eos, tok.end)) if i is not None]
     ids = dict(bos_token_id=tok.bos, eos_token_id=ends[0] if ends else None, pad_token_id=tok.pad)
-    config |= {**ids, "tiny_llm": {"tokenizer_sha256": tok.hash}}
-    room = max(1, model.cfg.ctx // 2)
-    settings = {**ids, "eos_token_id": ends or None, "do_sample": True, "temperature": 0.8, "max_new_tokens": room, **(generation or {})}
+    config |= {**ids, "tiny_llm": {"tokenizer_sha256": _fingerprint(tok)}}
+    defaults = dict(eos_token_id=ends or None, do_sample=True, temperature=0.8,
+                    max_new_tokens=max(1, model.cfg.ctx // 2))
+    settings = {**ids, **defaults, **(generation or {})}
     state = {name: w.detach().cpu().contiguous() for name, w in state.items()}
     dump = lambda d: json.dumps(d, indent=2, ensure_ascii=False) + "\n"
-    return {"config.json": dump(config), "generation_config.json": dump(settings), WEIGHTS: tensors_to(state, {"format": "pt"})}
+    weights = tensors_to(state, {"format": "pt"})
+    return {"config.json": dump(config), "generation_config.json": dump(settings), WEIGHTS: weights}
 
 # %% ../nbs/08b_folder.ipynb #7cab30c3
 def save(
@@ -91,7 +104,8 @@ def save(
 ):                    # Path of the folder
     "Write a model folder that `load` and transformers open; whole, or not at all."
     if len(tok) > model.cfg.vocab_size:
-        raise UserError(f"the tokenizer has {len(tok)} tokens, the model {model.cfg.vocab_size}: it is not this model's")
+        raise UserError(f"the tokenizer has {len(tok)} tokens, the model {model.cfg.vocab_size}; "
+                        "use the model's own")
     folder = Path(os.path.abspath(folder))
     mend(folder)
     _may_replace(folder)
@@ -117,8 +131,8 @@ def _verify(folder):
         file = folder/Path(name.lstrip(" *")).name
         if not file.is_file(): raise UserError(f"{file} is missing; copy the folder again")
         if sha256(file) != want:
-            raise UserError(f"{file} is damaged: its SHA-256 is not the one in {SUMS}. Copy the folder again, "
-                            f"or delete {SUMS} if you changed the file on purpose")
+            raise UserError(f"{file} is damaged: its SHA-256 is not the one in {SUMS}. "
+                            f"Copy the folder again, or delete {SUMS} if you changed the file on purpose")
 
 def _json(file):
     "A JSON file, or a UserError."
@@ -140,7 +154,8 @@ def _weights(folder):
             hint = "; a .bin file is a pickle, which is not read" if any(folder.glob("*.bin")) else ""
             raise UserError(f"{file} is missing{hint}")
         try: state |= tensors_from(file.read_bytes())
-        except SafetensorError as e: raise UserError(f"{file} is damaged or no safetensors file ({e}); copy it again") from None
+        except SafetensorError as e:
+            raise UserError(f"{file} is damaged or no safetensors file ({e}); copy it again") from None
     return state
 
 # %% ../nbs/08b_folder.ipynb #964cec59
@@ -150,10 +165,11 @@ def _find(folder):
     mend(path)
     if (path/"config.json").is_file() and not (path/"best").is_dir(): return path
     for name in ("best", "model", "last"):
-        if (path/name/"config.json").is_file(): raise UserError(f"{path} is not a model folder; {path/name} is one")
+        if (path/name/"config.json").is_file():
+            raise UserError(f"{path} is not a model folder; {path/name} is one")
     if path.is_dir(): raise UserError(f"{path} has no config.json: it is not a model folder")
-    hub = f"; a model of the hub is fetched by: hf download {folder} --local-dir NAME" if str(folder).count("/") == 1 else ""
-    raise UserError(f"there is no folder {path}{hub}")
+    hub = f"; a model of the hub is fetched by: hf download {folder} --local-dir NAME"
+    raise UserError(f"there is no folder {path}{hub if str(folder).count('/') == 1 else ''}")
 
 # %% ../nbs/08b_folder.ipynb #bd716a95
 def load(
@@ -165,10 +181,10 @@ def load(
     _verify(folder)
     config = _json(folder/"config.json")
     try: model = from_hf(config, _weights(folder))
-    except UserError as e: raise UserError(f"{folder}: {e}" if str(folder) not in str(e) else str(e)) from None
+    except UserError as e: raise UserError(str(e) if str(folder) in str(e) else f"{folder}: {e}") from None
     tok = Tokenizer.load(folder)
     want = (config.get("tiny_llm") or {}).get("tokenizer_sha256")
-    if want not in (None, tok.hash) or len(tok) > model.cfg.vocab_size:
-        raise UserError(f"the tokenizer in {folder} ({len(tok)} tokens) does not belong to its model (vocabulary {model.cfg.vocab_size}); "
-                        "put back the tokenizer.json that the model was trained with")
+    if want not in (None, _fingerprint(tok)) or len(tok) > model.cfg.vocab_size:
+        raise UserError(f"the tokenizer in {folder} ({len(tok)} tokens) does not belong to its model "
+                        f"(vocabulary {model.cfg.vocab_size}); put back the tokenizer.json it was trained with")
     return model.to(device).eval(), tok

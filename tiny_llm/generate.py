@@ -12,6 +12,7 @@ from collections import Counter
 from typing import Iterator
 
 import torch
+from fastcore.basics import patch
 from fastcore.meta import delegates
 
 from .basics import UserError
@@ -25,7 +26,8 @@ def pick(
     wide = torch.float32 if probs.device.type == "mps" else torch.float64
     F = probs.to(wide).cumsum(-1)
     if not F[:, -1].isfinite().all():
-        raise UserError("The model's logits are not finite (NaN or infinity). It has diverged: train it again with a lower learning rate.")
+        raise UserError("The model's logits are not finite (NaN or infinity): it has diverged. "
+                        "Train it again with a lower learning rate.")
     return torch.searchsorted(F, u.to(F)[:, None] * F[:, -1:], right=True)[:, 0]
 
 # %% ../nbs/13_generate.ipynb #b8bf76fe
@@ -37,10 +39,14 @@ def check_settings(
     max_tokens: int = 1,             # 1 or more
 ):
     "Complain about settings that make no sense."
-    if not temperature >= 0: raise UserError(f"temperature is {temperature}; give 0 (always the likeliest token) or more. 1 is the model as it is.")
-    if top_k is not None and top_k < 1: raise UserError(f"top_k is {top_k}; give 1 or more tokens to keep, or None to keep all.")
-    if top_p is not None and not 0 < top_p <= 1: raise UserError(f"top_p is {top_p}; give a probability above 0, at most 1, or None to keep all.")
-    if not repetition_penalty > 0: raise UserError(f"repetition_penalty is {repetition_penalty}; give a number above 0. 1 is no penalty.")
+    if not temperature >= 0:
+        raise UserError(f"temperature is {temperature}; give 0 (always the likeliest token) or more.")
+    if top_k is not None and top_k < 1:
+        raise UserError(f"top_k is {top_k}; give 1 or more tokens to keep, or None to keep all.")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise UserError(f"top_p is {top_p}; give a probability above 0, at most 1, or None to keep all.")
+    if not repetition_penalty > 0:
+        raise UserError(f"repetition_penalty is {repetition_penalty}; give a number above 0 (1: no penalty).")
     if max_tokens < 1: raise UserError(f"max_tokens is {max_tokens}; give 1 or more.")
 
 # %% ../nbs/13_generate.ipynb #1a2a0783
@@ -55,7 +61,8 @@ def warp(
     "The logits after penalty, temperature, top-k and top-p, in this order."
     if previous is not None and repetition_penalty != 1:
         seen = logits.gather(-1, previous)
-        logits = logits.scatter(-1, previous, torch.where(seen > 0, seen / repetition_penalty, seen * repetition_penalty))
+        logits = logits.scatter(-1, previous,
+                                torch.where(seen > 0, seen / repetition_penalty, seen * repetition_penalty))
     if temperature == 0:
         return torch.full_like(logits, -torch.inf).scatter(-1, logits.argmax(-1, keepdim=True), 0)
     logits = (logits - logits.amax(-1, keepdim=True)) / temperature
@@ -87,7 +94,7 @@ def text_pieces(
     ids,     # iterable of ids, as they are drawn
     decode,  # list of ids -> text
 ) -> Iterator[str]:
-    "The text of a stream of ids, piece by piece, without half characters; the pieces join to the decoded whole."
+    "The text of a stream of ids, piece by piece, without half characters; joined, it is the decoded whole."
     window, shown = [], 0                        # the last ids, and how many of their characters are out
     for id in ids:
         window.append(id)
@@ -97,7 +104,7 @@ def text_pieces(
             yield text[shown:final]
             shown = final
         if len(window) >= 32 and final == len(text):
-            window = window[-8:]                 # some context: tokenizers exist that treat the first token differently
+            window = window[-8:]    # some context: there are tokenizers that treat the first token differently
             shown = len(decode(window))
     if window and len(text := decode(window)) > shown: yield text[shown:]
 
@@ -119,7 +126,8 @@ class Stream:
         stop: set[int],                    # ids that end the text
         interrupt: threading.Event = None, # set it to end the text
     ):
-        self.model, self.tok, self.prompt, self.max_tokens, self.draw, self.stop = model, tok, prompt, max_tokens, draw, stop
+        self.model, self.tok, self.prompt = model, tok, prompt
+        self.max_tokens, self.draw, self.stop = max_tokens, draw, stop
         self.interrupt = interrupt or threading.Event()
         self.ids: list[int] = []    # what was drawn so far, the id that ended it included
         self.reason: str = None     # why it ended: "stop", "length", "context" or "interrupted"
@@ -132,36 +140,41 @@ class Stream:
     @property
     def tokens_per_second(self): return len(self.ids) / self.seconds if self.seconds else 0.0
 
-    def _why(self):
-        "Why no further token is drawn, or None."
-        if self.ids and self.ids[-1] in self.stop: return "stop"
-        if self.interrupt.is_set(): return "interrupted"
-        if len(self.ids) >= self.max_tokens: return "length"
-        if len(self.prompt) + len(self.ids) > self.model.cfg.ctx: return "context"
+# %% ../nbs/13_generate.ipynb #3a03b434
+@patch
+def _why(self: Stream):
+    "Why no further token is drawn, or None."
+    if self.ids and self.ids[-1] in self.stop: return "stop"
+    if self.interrupt.is_set(): return "interrupted"
+    if len(self.ids) >= self.max_tokens: return "length"
+    if len(self.prompt) + len(self.ids) > self.model.cfg.ctx: return "context"
 
-    def _steps(self):
-        "The ids, one by one: each step feeds what the cache has not seen."
-        limit = min(len(self.prompt) + self.max_tokens, self.model.cfg.ctx)
-        cache = self.model.cache(1, limit)
-        text = torch.tensor([self.prompt], device=self.model.device)
-        while not (why := self._why()):
-            start = time.perf_counter()
-            new = self.draw(_logits(self.model, text[:, cache.length:], cache), text)
-            text = torch.cat([text, new[:, None]], 1)
-            self.ids.append(int(new))
-            self.seconds += time.perf_counter() - start
-            if self.ids[-1] not in self.stop: yield self.ids[-1]
-        self.reason = why
+@patch
+def _steps(self: Stream):
+    "The ids, one by one: each step feeds what the cache has not seen."
+    limit = min(len(self.prompt) + self.max_tokens, self.model.cfg.ctx)
+    cache = self.model.cache(1, limit)
+    text = torch.tensor([self.prompt], device=self.model.device)
+    while not (why := self._why()):
+        start = time.perf_counter()
+        new = self.draw(_logits(self.model, text[:, cache.length:], cache), text)
+        text = torch.cat([text, new[:, None]], 1)
+        self.ids.append(int(new))
+        self.seconds += time.perf_counter() - start
+        if self.ids[-1] not in self.stop: yield self.ids[-1]
+    self.reason = why
 
 # %% ../nbs/13_generate.ipynb #e6d88885
 def _prompt_ids(model, tok, prompt):
     "The ids of a prompt: text behind the begin mark, or ids as they are."
-    ids = ([] if tok.bos is None else [tok.bos]) + tok.encode(prompt) if isinstance(prompt, str) else [int(i) for i in prompt]
+    if isinstance(prompt, str): ids = ([] if tok.bos is None else [tok.bos]) + tok.encode(prompt)
+    else: ids = [int(i) for i in prompt]
     if not ids: raise UserError("The prompt is an empty list of ids; give at least one, such as [tok.bos].")
     if not 0 <= min(ids) <= max(ids) < model.cfg.vocab_size:
         raise UserError(f"The prompt holds id {next(i for i in ids if not 0 <= i < model.cfg.vocab_size)}; "
                         f"the model knows ids 0 to {model.cfg.vocab_size - 1}. Is this its tokenizer?")
-    if len(ids) > model.cfg.ctx: raise UserError(f"The prompt has {len(ids)} tokens, the model's context {model.cfg.ctx}; shorten it.")
+    if len(ids) > model.cfg.ctx:
+        raise UserError(f"The prompt has {len(ids)} tokens, the model's context {model.cfg.ctx}; shorten it.")
     return ids
 
 def _stop_ids(tok, stop):
@@ -190,8 +203,10 @@ def stream(
     "Continue a prompt, piece by piece."
     check_settings(temperature, top_k, top_p, repetition_penalty, max_tokens)
     source = _uniform(seed)
-    def draw(logits, previous): return sample(logits, temperature, top_k, top_p, repetition_penalty, previous, source).to(previous)
-    return Stream(model, tok, _prompt_ids(model, tok, prompt), max_tokens, draw, _stop_ids(tok, stop), interrupt)
+    def draw(logits, previous):
+        return sample(logits, temperature, top_k, top_p, repetition_penalty, previous, source).to(previous)
+    ids, ends = _prompt_ids(model, tok, prompt), _stop_ids(tok, stop)
+    return Stream(model, tok, ids, max_tokens, draw, ends, interrupt)
 
 # %% ../nbs/13_generate.ipynb #6d43c6bf
 @delegates(stream)
@@ -208,7 +223,7 @@ def generate(
 # %% ../nbs/13_generate.ipynb #7861eb77
 @torch.no_grad()
 def _write(model, prompts, u, stop, options):
-    "Continue all prompts together by equation (13.10); `u` (B, max_tokens) are the random numbers. Returns the new ids."
+    "The new ids of all prompts, made together by equation (13.10) from random numbers `u` (B, max_tokens)."
     n = torch.tensor([len(p) for p in prompts], device=u.device)
     width = min(int(n.max()) + u.shape[1], model.cfg.ctx + 1)
     text = torch.zeros(len(n), width, dtype=torch.long, device=u.device)
@@ -218,7 +233,7 @@ def _write(model, prompts, u, stop, options):
     cache, t = model.cache(len(n), width - 1), int(n.min())
     while len(rows):
         logits = _logits(model, text[rows, cache.length:t], cache)
-        k = t - n[rows]                                # a row's how-manieth own token this is; negative: its prompt goes on
+        k = t - n[rows]                     # how many tokens of its own a row has; negative: its prompt goes on
         probs = warp(logits, previous=text[rows, :t], **options).softmax(-1)
         new = pick(probs, u[rows, k.clamp(0, u.shape[1] - 1)])
         text[rows, t] = torch.where(k < 0, text[rows, t], new)
@@ -226,7 +241,8 @@ def _write(model, prompts, u, stop, options):
         t += 1
         end[rows[ended]] = t
         live = end[rows] > t
-        if live.sum() <= 0.75 * len(rows): rows, cache.k, cache.v = rows[live], cache.k[:, live], cache.v[:, live]
+        if live.sum() <= 0.75 * len(rows):
+            rows, cache.k, cache.v = rows[live], cache.k[:, live], cache.v[:, live]
     return [row[a:b] for row, a, b in zip(text.tolist(), n.tolist(), end.tolist())]
 
 # %% ../nbs/13_generate.ipynb #b00f94a6
@@ -248,7 +264,8 @@ def generate_batch(
     ids, device = [_prompt_ids(model, tok, p) for p in prompts], model.device
     if seed is None: seed = int(torch.randint(2**31, ()))
     options = dict(temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty)
-    ends, max_tokens = torch.tensor(sorted(_stop_ids(tok, stop)), device=device), min(max_tokens, model.cfg.ctx)
+    ends = torch.tensor(sorted(_stop_ids(tok, stop)), device=device)
+    max_tokens = min(max_tokens, model.cfg.ctx)
     order, out = sorted(range(len(ids)), key=lambda i: len(ids[i])), [None] * len(ids)
     for at in range(0, len(ids), batch):
         some = order[at : at + batch]
@@ -277,11 +294,12 @@ def grade_stories(
     max_tokens: int = None,    # longest story; None is the model's context
     batch: int = 200,          # stories written together
 ) -> dict:                     # n, ok, low, high, kinds, examples, tokens, seconds, tokens_per_second
-    "Let the model write stories from nothing and judge each: the share that belongs to the world, and the kinds of fault."
-    from tiny_llm.stories import parse
+    "The share of a model's own stories that belong to the world, and the kinds of fault among the others."
+    from tiny_llm.judge import parse
     if n < 1: raise UserError(f"n is {n}; give 1 or more stories to write.")
     start = time.perf_counter()
-    made = generate_batch(model, tok, [[tok.bos]] * n, max_tokens or model.cfg.ctx, temperature, seed=seed, batch=batch)
+    longest = max_tokens or model.cfg.ctx
+    made = generate_batch(model, tok, [[tok.bos]] * n, longest, temperature, seed=seed, batch=batch)
     seconds, kinds, examples = time.perf_counter() - start, Counter(), []
     for ids in made:
         ended = ids[-1] == tok.eos
@@ -292,5 +310,5 @@ def grade_stories(
         kinds[kind] += 1
     low, high = wilson(kinds["ok"], n)
     tokens = sum(map(len, made))
-    return dict(n=n, ok=kinds.pop("ok", 0) / n, low=low, high=high, kinds=dict(kinds.most_common()), examples=examples,
-                tokens=tokens, seconds=seconds, tokens_per_second=tokens / seconds)
+    return dict(n=n, ok=kinds.pop("ok", 0) / n, low=low, high=high, kinds=dict(kinds.most_common()),
+                examples=examples, tokens=tokens, seconds=seconds, tokens_per_second=tokens / seconds)

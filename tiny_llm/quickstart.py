@@ -81,10 +81,12 @@ def open_model(
 # %% ../nbs/20b_quickstart.ipynb #dd762e73
 RECIPE = dict(
     preset="quick", vocab_size=1024,
+    ctx=512,                      # tokens; a story, and a conversation with its reply, must fit
     stories_per_minute=12_000,    # of training
     share=0.7,                    # of the minutes, for training on stories
     train=dict(),                 # further arguments of `train`: batch, ctx, lr, optimizer, ...
     chats_per_minute=4_000,       # of fine-tuning
+    replay=0.0,                   # stories per conversation, mixed in against forgetting
     finetune=dict(),              # further arguments of `finetune`
     held_out=400,                 # stories, and conversations, for validation
     judged=200,                   # stories, and requests, for the report card
@@ -153,20 +155,22 @@ def learn(
     import torch
     from tiny_llm.finetune import finetune
     from tiny_llm.model import Transformer, preset
-    from tiny_llm.stories import conversations, stories
+    from tiny_llm.stories import stories
+    from tiny_llm.talk import conversations
     from tiny_llm.train import train
     r, first, same = RECIPE, round(RECIPE["share"] * q["minutes"], 4), dict(seed=q["seed"], device=device)
     docs = stories(max(2000, int(r["stories_per_minute"] * first)), seed=q["seed"])
     tok = vocabulary(docs, r["vocab_size"], 2_000_000)
     torch.manual_seed(q["seed"])
-    model = Transformer(preset(q["preset"], vocab_size=len(tok)))
+    model = Transformer(preset(q["preset"], vocab_size=len(tok), ctx=r["ctx"]))
     note(f"1 of 3: training on {len(docs):,} stories for {clock(60 * first)}")
     told = stage(folder/"stories", lambda **kw: train(model, tok, docs, val=stories(r["held_out"], split="val"), minutes=first, **same, **r["train"], **kw))
     rest = round(max(0.02, q["minutes"] - told.summary["seconds"] / 60), 4)          # equation 20b.2
     chats = conversations(max(500, int(r["chats_per_minute"] * rest)), seed=q["seed"])
     note(f"2 of 3: fine-tuning on {len(chats):,} conversations for {clock(60 * rest)}")
     model, tok = open_model(told.folder, device)
-    return told, stage(folder/"chat", lambda **kw: finetune(model, tok, chats, val=conversations(r["held_out"], split="val"), minutes=rest, **same, **r["finetune"], **kw))
+    held, replay = conversations(r["held_out"], split="val"), docs[:int(r["replay"] * len(chats))]
+    return told, stage(folder/"chat", lambda **kw: finetune(model, tok, chats, val=held, replay=replay, minutes=rest, **same, **r["finetune"], **kw))
 
 # %% ../nbs/20b_quickstart.ipynb #45bfd21e
 def judge(

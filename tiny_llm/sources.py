@@ -208,7 +208,7 @@ def _streamed(name, split, limit, column):
     "Documents of a dataset, `name` or `name:configuration`, that `datasets.load_dataset` opens as a stream."
     local = Path(name).is_dir()
     path, _, config = (str(name), "", "") if local else name.partition(":")
-    failed = f"{name!r} is no file or folder here, nor in TINY_LLM_DATA, and no dataset of the hub that can be opened"
+    failed = f"{name!r} is no file here, nor in TINY_LLM_DATA, and no dataset of the hub that can be opened"
     if not local and not _reachable(): raise UserError(f"{failed}: there is no network.")
     from datasets import load_dataset, logging
     told = logging.get_verbosity()

@@ -83,7 +83,7 @@ def _utf8(text):
     except UnicodeEncodeError as e:
         raise UserError(f"character {e.start} of the text is {text[e.start]!r}, half of a surrogate pair and "
                         "no character; "
-                        "read the text with the right encoding, or drop it by text.encode('utf-8', 'ignore').") from None
+                        "read the text with the right encoding, or drop it: text.encode('utf-8', 'ignore').") from None
 
 # %% ../nbs/07_tokenizer.ipynb #566506c9
 @patch
@@ -178,7 +178,7 @@ def show(self: Tokenizer,
     ids = self.encode(text)
     span = '<span title="{}" style="background:{};color:black">{}</span>'
     spans = (span.format(i, TINTS[n % 4], visible(p)) for n, (i, p) in enumerate(zip(ids, self.pieces(ids))))
-    return HTML(f'<div style="font-family:monospace;line-height:1.7">{"".join(spans)}</div>')
+    return HTML(f'<div style="font-family:monospace;line-height:1.7;overflow-wrap:anywhere">{"".join(spans)}</div>')
 
 # %% ../nbs/07_tokenizer.ipynb #134a9aee
 @lru_cache
@@ -247,7 +247,9 @@ def chat(self: Tokenizer,
     weights, s = [0.0] * len(encoded.ids), 0
     for t, (start, _) in enumerate(encoded.offsets):
         while s < len(spans) and start >= spans[s][1]: s += 1
-        if s < len(spans) and start >= spans[s][0]: weights[t] = 1.0
+        if s < len(spans) and start >= spans[s][0]:
+            weights[t] = 1.0
+            if encoded.ids[t] == self.end: s += 1  # what follows in the template is not learnt
     return encoded.ids, weights
 
 # %% ../nbs/07_tokenizer.ipynb #a5dee090

@@ -7,7 +7,7 @@ __all__ = ['RATIO', 'loss_of', 'story_nats', 'evaluate_loss', 'glimpse', 'Traini
            'time_steps', 'plan']
 
 # %% ../nbs/10_train.ipynb #39db9fc0
-import io, json, math, shutil, sys, time
+import io, json, math, shutil, sys, time, warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 import torch
@@ -18,8 +18,8 @@ from .model import Transformer, count_params, n_params, preset, presets
 from .data import Batch, Batches, Tokens, tokenize
 from .sources import documents
 from .optim import clip_gradients, make_optimizer, schedule
-from .run import (Clock, Progress, Run, as_dtype, can_compile, compiled, disk_errors, mend, past_run, read_checkpoint, read_metrics,
-                          settle, stop_requests, swap_in, write_checkpoint)
+from .run import (Clock, Progress, Run, as_dtype, can_compile, compiled, disk_errors, past_run, read_checkpoint, read_metrics, settle,
+                          stop_requests, swap_in, sweep, write_checkpoint)
 
 # %% ../nbs/10_train.ipynb #13de7efb
 def loss_of(
@@ -180,7 +180,7 @@ def checkpoint(self: Training,
 @patch
 def restore(self: Training):
     "Go back to last/; without one, to the start. Lines logged after it are taken out."
-    mend(self.folder/"last"); mend(self.folder/"best")
+    sweep(self.folder)
     if (self.folder/"last").exists():
         state = read_checkpoint(self.folder/"last", self.model, self.tok, self.opt)
         self.step, self.tokens, self.best_step = state["step"], state["tokens"], state["best_step"]
@@ -252,7 +252,8 @@ def finish(self: Training,
     if self.folder:
         import matplotlib.pyplot as plt
         fig, png = run.plot(), io.BytesIO()
-        fig.savefig(png, format="png"); plt.close(fig)
+        with warnings.catch_warnings(): warnings.simplefilter("ignore"); fig.savefig(png, format="png")   # letters that the font lacks
+        plt.close(fig)
         write_file(self.folder/"plots.png", png.getvalue())
         write_file(self.folder/"summary.json", json.dumps(summary, indent=1))
     return run
