@@ -12,6 +12,7 @@ from itertools import chain, islice
 from pathlib import Path
 import numpy as np
 import torch
+from fastcore.basics import patch
 from .basics import UserError, write_file
 from .sources import documents
 from .tokenizer import TINTS, Tokenizer, visible
@@ -231,28 +232,30 @@ class Batch:
     @property
     def n_targets(self) -> int: return int((self.w > 0).sum())
 
-    def _repr_html_(self, rows=3, cols=48):
-        "The mask microscope: what is read, what is to be predicted, with which weight, at which position."
-        name = lambda i: visible(self.tok.pieces([i])[0]) if self.tok else str(i)
-        def line(what, text, tint=lambda t: "#FFFFFF"):
-            shown = range(min(cols, self.x.shape[1]))
-            cells = (f'<td style="background:{tint(t)};color:black">{text(t)}</td>' for t in shown)
-            return f"<tr><th>{what}</th>{''.join(cells)}</tr>"
-        out = []
-        for r in range(min(rows, len(self.x))):
-            x, y, w, doc, pos = (getattr(self, k)[r].tolist() for k in ("x", "y", "w", "doc", "pos"))
-            of = lambda t: TINTS[doc[t] % 4] if doc[t] >= 0 else "#BBBBBB"
-            out += [line(f"x {r}", lambda t: name(x[t]), of),
-                    line("y", lambda t: name(y[t]) if w[t] else "", lambda t: of(t) if w[t] else "#FFFFFF"),
-                    line("w", lambda t: f"{w[t]:g}"), line("pos", lambda t: pos[t])]
-        B, T = self.x.shape
-        note = (f"{min(rows, B)} of {B} rows, {min(cols, T)} of {T} columns; a colour is a document, grey is "
-                "padding; "
-                "targets without weight are left out")
-        table = f"<table>{''.join(out)}</table><p>{note}</p>"
-        return f'<div style="overflow-x:auto;font:11px monospace">{table}</div>'
-
 # %% ../nbs/08_data.ipynb #6d375ba8
+@patch
+def _repr_html_(self: Batch, rows=3, cols=48):
+    "The mask microscope: what is read, what is to be predicted, with which weight, at which position."
+    name = lambda i: visible(self.tok.pieces([i])[0]) if self.tok else str(i)
+    def line(what, text, tint=lambda t: "#FFFFFF"):
+        shown = range(min(cols, self.x.shape[1]))
+        cells = (f'<td style="background:{tint(t)};color:black">{text(t)}</td>' for t in shown)
+        return f"<tr><th>{what}</th>{''.join(cells)}</tr>"
+    out = []
+    for r in range(min(rows, len(self.x))):
+        x, y, w, doc, pos = (getattr(self, k)[r].tolist() for k in ("x", "y", "w", "doc", "pos"))
+        of = lambda t: TINTS[doc[t] % 4] if doc[t] >= 0 else "#BBBBBB"
+        out += [line(f"x {r}", lambda t: name(x[t]), of),
+                line("y", lambda t: name(y[t]) if w[t] else "", lambda t: of(t) if w[t] else "#FFFFFF"),
+                line("w", lambda t: f"{w[t]:g}"), line("pos", lambda t: pos[t])]
+    B, T = self.x.shape
+    note = (f"{min(rows, B)} of {B} rows, {min(cols, T)} of {T} columns; a colour is a document, grey is "
+            "padding; "
+            "targets without weight are left out")
+    table = f"<table>{''.join(out)}</table><p>{note}</p>"
+    return f'<div style="overflow-x:auto;font:11px monospace">{table}</div>'
+
+# %% ../nbs/08_data.ipynb #e2b369d8
 class Batches:
     "Batches of training: `batches[k]` is batch k, whatever was asked before; each epoch has its own order."
     def __init__(self,
@@ -278,42 +281,49 @@ class Batches:
     def __len__(self): return -(-self.n_rows // self.batch)
     def __iter__(self): return (self[k] for k in range(len(self)))
 
-    def _order(self, epoch):
-        "The order of the rows in one epoch."
-        if epoch not in self._orders:
-            self._orders = {e: o for e, o in self._orders.items() if e >= epoch - 1}
-            self._orders[epoch] = np.random.default_rng((self.seed, epoch)).permutation(self.n_rows)
-        return self._orders[epoch]
+# %% ../nbs/08_data.ipynb #b021bd66
+@patch
+def _order(self: Batches, epoch):
+    "The order of the rows in one epoch."
+    if epoch not in self._orders:
+        self._orders = {e: o for e, o in self._orders.items() if e >= epoch - 1}
+        self._orders[epoch] = np.random.default_rng((self.seed, epoch)).permutation(self.n_rows)
+    return self._orders[epoch]
 
-    def rows(self, k):
-        "Which rows batch k takes, (B,): the orders of all epochs, one behind another, cut into batches."
-        epoch, i = divmod(np.arange(k * self.batch, (k + 1) * self.batch), self.n_rows)
-        return np.concatenate([self._order(e)[i[epoch == e]] for e in np.unique(epoch).tolist()])
+@patch
+def rows(self: Batches, k):
+    "Which rows batch k takes, (B,): the orders of all epochs, one behind another, cut into batches."
+    epoch, i = divmod(np.arange(k * self.batch, (k + 1) * self.batch), self.n_rows)
+    return np.concatenate([self._order(e)[i[epoch == e]] for e in np.unique(epoch).tolist()])
 
-    def __getitem__(self, k):
-        if k < 0: raise IndexError(f"batch {k}: batches are numbered from 0 and never end")
-        return self.take(self.rows(k))
+@patch
+def __getitem__(self: Batches, k):
+    if k < 0: raise IndexError(f"batch {k}: batches are numbered from 0 and never end")
+    return self.take(self.rows(k))
 
-    def once(self):
-        "Each row once, in order, for evaluation; the last batch is filled with rows of padding."
-        for k in range(0, self.n_rows, self.batch):
-            r = np.arange(k, k + self.batch)
-            yield self.take(np.where(r < self.n_rows, r, -1))
+@patch
+def once(self: Batches):
+    "Each row once, in order, for evaluation; the last batch is filled with rows of padding."
+    for k in range(0, self.n_rows, self.batch):
+        r = np.arange(k, k + self.batch)
+        yield self.take(np.where(r < self.n_rows, r, -1))
 
-    def take(self, rows):
-        "The batch made of these rows; -1 is a row of padding."
-        rows, T = np.asarray(rows, np.int64), self.ctx
-        n = np.where(rows < 0, 0, self._first[rows + 1] - self._first[rows])            # pieces of each row
-        row, nth = np.repeat(np.arange(len(rows)), n), _ragged(n)
-        p = self._first[rows][row] + nth
-        length = self._len[p]
-        pos = _ragged(length)
-        src, dst = np.repeat(self._src[p], length) + pos, np.repeat(row * T + self._at[p], length) + pos
-        fill = lambda value, what, dtype=np.int64: _put(len(rows) * T, dst, value, what, dtype).reshape(-1, T)
-        ids, weights, pad = self.tokens.ids, self.tokens.weights, self.tokens.tok.pad if self.tokens.tok else 0
-        return Batch(x=fill(pad or 0, ids[src]), y=fill(pad or 0, ids[src + 1]),
-                     w=fill(0, 1 if weights is None else weights[src + 1], np.float32),
-                     doc=fill(-1, np.repeat(nth, length)), pos=fill(0, pos), tok=self.tokens.tok)
+# %% ../nbs/08_data.ipynb #a9db4390
+@patch
+def take(self: Batches, rows):
+    "The batch made of these rows; -1 is a row of padding."
+    rows, T = np.asarray(rows, np.int64), self.ctx
+    n = np.where(rows < 0, 0, self._first[rows + 1] - self._first[rows])            # pieces of each row
+    row, nth = np.repeat(np.arange(len(rows)), n), _ragged(n)
+    p = self._first[rows][row] + nth
+    length = self._len[p]
+    pos = _ragged(length)
+    src, dst = np.repeat(self._src[p], length) + pos, np.repeat(row * T + self._at[p], length) + pos
+    fill = lambda value, what, dtype=np.int64: _put(len(rows) * T, dst, value, what, dtype).reshape(-1, T)
+    ids, weights, pad = self.tokens.ids, self.tokens.weights, self.tokens.tok.pad if self.tokens.tok else 0
+    return Batch(x=fill(pad or 0, ids[src]), y=fill(pad or 0, ids[src + 1]),
+                 w=fill(0, 1 if weights is None else weights[src + 1], np.float32),
+                 doc=fill(-1, np.repeat(nth, length)), pos=fill(0, pos), tok=self.tokens.tok)
 
 def _ragged(n): return np.arange(n.sum()) - np.repeat(np.cumsum(n) - n, n)  # 0..n[0]-1, 0..n[1]-1, ...
 

@@ -186,5 +186,5 @@ def load(
     want = (config.get("tiny_llm") or {}).get("tokenizer_sha256")
     if want not in (None, _fingerprint(tok)) or len(tok) > model.cfg.vocab_size:
         raise UserError(f"the tokenizer in {folder} ({len(tok)} tokens) does not belong to its model "
-                        f"(vocabulary {model.cfg.vocab_size}); put back the tokenizer.json it was trained with")
+                        f"(vocabulary {model.cfg.vocab_size}); put back the one it was trained with")
     return model.to(device).eval(), tok

@@ -94,20 +94,21 @@ class Reader(Teller):
         word = re.compile(r"[A-Za-z]*").match(self.given, begin).group()
         raise Fault(at + n, "spelling" if word and word not in known_words() else "grammar", want[begin-at:])
 
-    def say(self, *lines):
+    def say(self, *lines, weights=None):
         tried = [self.follow(line) for line in lines]
         fits = [i for i, (*_, fault) in enumerate(tried) if fault is None]
         if not fits: raise max((fault for *_, fault in tried), key=lambda f: (f.at, f.kind != "grammar"))
         assert len(fits) == 1, f"two ways to read {self.given[self.at:]!r}: {[lines[i] for i in fits]}"
         before, begin = dict(self.roles), self.at
         self.at, self.roles, spans, _ = tried[fits[0]]
-        self.nats += math.log(len(lines)) + sum(s[3] for s in spans)
+        self.count(fits[0], len(lines), weights)
+        self.nats += sum(s[3] for s in spans)
         self.spans += spans
         self.said.append(self.given[begin:self.at])
-        self.chosen(lines, before, begin)
+        self.chosen(lines, weights or [1] * len(lines), before, begin)
         return fits[0]
 
-    def chosen(self, lines, roles, begin): pass
+    def chosen(self, lines, weights, roles, begin): pass
 
 # %% ../nbs/06b_judge.ipynb #dcc96ce0
 class Verdict:
@@ -163,11 +164,11 @@ class Surprised(Reader):
             out[at] = p
         return out
 
-    def chosen(self, lines, roles, begin):
+    def chosen(self, lines, weights, roles, begin):
         trails = [self.trail(line, roles, begin, len(self.said) == 1) for line in lines]
         F, c1 = 1.0, begin
         for c2 in sorted(c for c in {*self.cuts, self.at} if begin < c <= self.at):
-            G = sum(t.get(c2, 0.0) for t in trails) / len(lines)
+            G = sum(w * t.get(c2, 0.0) for w, t in zip(weights, trails)) / sum(weights)
             self.words.append((c1, c2, math.log(F) - math.log(G)))
             F, c1 = G, c2
 

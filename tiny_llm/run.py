@@ -261,7 +261,7 @@ class Run:
 
     def __repr__(self):
         s = self.summary; val = s.get("val") or {}
-        loss = f"loss {s.get('train_loss', math.nan):.3f}" + (f", validation {val['nats_per_token']:.3f}" if val else "") + \
+        loss = f"loss {s.get('train_loss') or math.nan:.3f}" + (f", validation {val['nats_per_token']:.3f}" if val else "") + \
                (f", floor {val['floor_nats_per_token']:.3f}" if val.get("gap") is not None else "") + " nats per token"
         return f"Run({self.folder.name if self.folder else 'in memory'}: {s.get('stopped', 'not finished')} at step {s.get('step', 0):,}, {loss})"
 

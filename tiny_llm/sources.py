@@ -198,6 +198,7 @@ def _in_data_folder(name):
     alike = (p for p in sorted(root.iterdir()) if want in (plain(p.name), plain(p.name.split(".")[0])))
     return next(alike, None)
 
+# %% ../nbs/07b_sources.ipynb #bc660456
 def _reachable():
     "Whether the hub's name resolves. Asked first, because `datasets` gives up only after half a minute."
     host = urlparse(os.environ.get("HF_ENDPOINT", "https://huggingface.co")).hostname

@@ -228,6 +228,7 @@ def chat_text(self: Tokenizer,
     try: return _jinja(self.template).render(messages=messages, add_generation_prompt=reply, **named)
     except TemplateError as e: raise UserError(f"the chat template cannot write these messages: {e}.") from None
 
+# %% ../nbs/07_tokenizer.ipynb #fcb5e6c7
 @patch
 def chat(self: Tokenizer,
     messages: list,       # as in `chat_text`

@@ -100,7 +100,7 @@ class Training:
         self.model, self.tok, self.folder, self.val, self.floor = model, tok, folder, val, floor
         self.clock = clock or Clock(steps=1)
         self.step = self.tokens = self.best_step = 0    # steps done; predictions learnt from
-        self.best, self.scores, self.metrics, self.card = math.inf, None, [], None
+        self.best, self.scores, self.metrics = math.inf, None, []
         self.batches = Batches(tokens, s["ctx"], s["batch"], s["seed"])
         self.opt = make_optimizer(model, s["optimizer"], s["lr"], s["weight_decay"], tuple(s["betas"]))
         self.dtype = as_dtype(s["dtype"], model.device)
@@ -159,6 +159,16 @@ def evaluate(self: Training,
 
 # %% ../nbs/10_train.ipynb #226734dd
 @patch
+def card(self: Training) -> str:   # Markdown
+    "The model card: the figures of the run so far."
+    s, c = self.scores or {}, self.model.cfg
+    show = lambda name, digits=4: None if s.get(name) is None else f"{s[name]:.{digits}f}"
+    rows = {"parameters": f"{n_params(self.model):,}", "layers, width, context": f"{c.n_layers}, {c.d_model}, {c.ctx}", "steps": f"{self.step:,}",
+            "tokens seen": f"{self.tokens:,}", "training time (s)": f"{self.clock.seconds:.0f}", "validation loss (nats per token)": show("nats_per_token"),
+            "floor (nats per token)": show("floor_nats_per_token"), "validation loss (bits per byte)": show("bits_per_byte")}
+    return "# A small language model\n\nTrained with tiny_llm.\n\n| | |\n|---|---|\n" + "".join(f"| {k} | {v} |\n" for k, v in rows.items() if v is not None)
+
+@patch
 def checkpoint(self: Training,
     best: bool = False,   # renew best/ too
 ):
@@ -167,7 +177,7 @@ def checkpoint(self: Training,
     c, last = self.clock, self.folder/"last"
     state = dict(step=self.step, tokens=self.tokens, elapsed=c.seconds, lost=c.lost, reserve=c.reserve,
                  best=self.best if math.isfinite(self.best) else None, best_step=self.best_step)
-    write_checkpoint(last, self.model, self.tok, self.opt, state, self.card)
+    write_checkpoint(last, self.model, self.tok, self.opt, state, self.card())
     self.saved = time.perf_counter()
     if not best: return
     new = self.folder/".best.new"
@@ -303,7 +313,7 @@ def run_steps(
     t.saved = time.perf_counter()
     try:
         with stop_requests() as asked:
-            while (p := t.clock.progress(t.step)) < 1:
+            while (p := t.clock.progress(t.step)) < 1 or t.step == 0:
                 if stop_at is not None and t.step >= stop_at: return "paused"
                 if asked: return "interrupted"
                 loss = t.advance(p)
