@@ -23,6 +23,7 @@ _home = {name: module for module, names in {
     "optim":     "make_optimizer schedule",
     "run":       "Run",
     "train":     "evaluate_loss plan train",
+    "evaluate":  "gap_by_kind",
     "generate":  "generate grade_stories stream",
     "finetune":  "finetune grade_chat",
     "chat":      "ChatSession chat",

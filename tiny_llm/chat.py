@@ -197,12 +197,13 @@ class ChatCell:
         session: ChatSession,
     ):
         self.session, self.worker = session, None
-        self._turn, self._halt = threading.Lock(), threading.Event()
+        self._turn, self._halt, self._typed = threading.Lock(), threading.Event(), threading.Event()
         self._make()
         self.send.on_click(lambda _: self._start())
         self.stop.on_click(lambda _: self._end())
         self.clear.on_click(lambda _: self._clear())
-        self.entry.on_msg(lambda _, content, buffers: content.get("event") == "submit" and self._start(0.05))
+        self.entry.observe(lambda _: self._typed.set(), "value")
+        self.entry.on_msg(lambda _, content, buffers: content.get("event") == "submit" and self._start(0.5))
         self._show()
 
 # %% ../nbs/16_chat.ipynb #5cb017c4
@@ -213,7 +214,7 @@ def _make(self: ChatCell):
     s, ctx = self.session.settings, self.session.model.cfg.ctx
     flat, words = dict(margin="0"), dict(description_width="initial")
     self.log, self.live, self.status = W.HTML(layout=flat), W.HTML(layout=flat), W.HTML()
-    self.entry = W.Text(placeholder="Type a message, press Enter", continuous_update=True,
+    self.entry = W.Text(placeholder="Type a message, press Enter", continuous_update=False,
                         layout=dict(flex="1 1 auto", width="auto"))
     self.send = W.Button(description="Send", button_style="primary", layout=dict(width="80px"))
     self.stop = W.Button(description="Stop", disabled=True, layout=dict(width="80px"))
@@ -231,9 +232,10 @@ def _make(self: ChatCell):
 # %% ../nbs/16_chat.ipynb #9cd55d05
 @patch
 def _start(self: ChatCell, wait: float = 0.0):
-    "Reply to what is in the box, on a thread of its own; nothing if a reply is being written."
+    "Reply to what is in the box, on a thread of its own, waiting so many seconds for it; nothing during a reply."
     if not self._turn.acquire(blocking=False): return
     self._halt.clear()
+    self._typed.clear()
     self.send.disabled, self.stop.disabled, self.status.value = True, False, ""
     self.worker = threading.Thread(target=self._work, args=(wait,), daemon=True)
     self.worker.start()
@@ -242,7 +244,7 @@ def _start(self: ChatCell, wait: float = 0.0):
 def _work(self: ChatCell, wait):
     "The worker: take the message, stream the reply, give the turn back, whatever happens."
     try:
-        time.sleep(wait)
+        if wait: self._typed.wait(wait)
         self.session.set(temperature=self.temperature.value, max_tokens=self.length.value)
         pieces = self.session.reply(self.entry.value)
         if self._halt.is_set(): self.session.stop()   # Stop was clicked before there was a reply

@@ -195,21 +195,27 @@ def plot_run(
     floor=None,     # nats per token
     samples=4,      # how many samples to show
 ):                  # matplotlib figure
-    "Loss against the floor, learning rate, and samples over time."
-    fig, (top, middle, bottom) = figure(3, 1, width=7, height=6.2)
-    steps, logged = [r["step"] for r in metrics if "loss" in r], [r for r in metrics if "loss" in r]
-    top.plot(steps, [r["loss"] for r in logged], lw=0.8, label="training")
-    val = [r for r in metrics if r.get("val") is not None]
+    "Loss against the floor, the gap between them, learning rate, and samples over time."
+    logged, val = [r for r in metrics if "loss" in r], [r for r in metrics if r.get("val") is not None]
+    known = floor is not None and any(r["val"] > floor for r in val)
+    fig, axes = figure(3 + known, 1, width=7, height=5.8 + 1.4 * known)
+    top, rate, text = axes[0], axes[-2], axes[-1]
+    top.plot([r["step"] for r in logged], [r["loss"] for r in logged], lw=0.8, label="training")
     if val: top.plot([r["step"] for r in val], [r["val"] for r in val], "o-", ms=3, label="validation")
     if floor is not None: top.axhline(floor, color="black", ls="--", lw=1, label=f"floor {floor:.3f}")
     top.set(xlabel="step", ylabel="loss (nats per token)"); top.legend()
-    middle.plot(steps, [r["lr"] for r in logged]); middle.set(xlabel="step", ylabel="learning rate", ylim=(0, None))
-    said = [r for r in metrics if r.get("sample")]
-    said = [said[round(i * (len(said) - 1) / max(1, samples - 1))] for i in range(min(samples, len(said)))]
-    bottom.axis("off")
-    for i, r in enumerate(said):
-        text = "".join(c if c.isprintable() else "·" for c in " ".join(r["sample"].split()))[:110].replace("$", r"\$")
-        bottom.text(0, 1 - (i + 0.5) / len(said), f"step {r['step']:,}: {text}", va="center", fontsize=7, transform=bottom.transAxes)
+    if known:
+        above = [r for r in val if r["val"] > floor]
+        axes[1].semilogy([r["step"] for r in above], [r["val"] - floor for r in above], "o-", ms=3)
+        axes[1].set(xlabel="step", ylabel="gap to the floor\n(nats per token)")
+    rate.plot([r["step"] for r in logged], [r["lr"] for r in logged]); rate.set(xlabel="step", ylabel="learning rate", ylim=(0, None))
+    said, text_of = [r for r in metrics if r.get("sample")], lambda r: " ".join(r["sample"].split())[:100].replace("$", r"\$")
+    samples = min(samples, len(said))
+    text.axis("off")
+    for i in range(samples):
+        r = said[round(i * (len(said) - 1) / max(1, samples - 1))]
+        line = "".join(c if c.isprintable() else "·" for c in text_of(r))
+        text.text(0, 1 - (i + 0.5) / samples, f"step {r['step']:,}: {line}", va="center", fontsize=7, transform=text.transAxes)
     return fig
 
 # %% ../nbs/09b_run.ipynb #96bde40d
