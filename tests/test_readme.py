@@ -38,13 +38,10 @@ def smaller(words):
         return [sys.executable, "-m", *words[:2], "--dry-run", "--quiet", "--no-deps", "--no-index", "--no-build-isolation", *words[2:]]
     if words == ["pytest"]: return [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_house.py", "-k", "light or settings or resolve"]
     if words[0] != "tiny_llm" or len(words) < 2: return None
-    more = {"quickstart": ["--minutes", "0.3", *TINY.split()], "chat": ["--max_tokens", "5", "--device", "cpu"], "plot": [], "info": [],
+    more = {"quickstart": ["--minutes", "0.1", *TINY.split()], "chat": ["--max_tokens", "5", "--device", "cpu"], "plot": [], "info": [],
             "generate": ["--max_tokens", "5", "--device", "cpu"], "eval": ["--device", "cpu"], "finetune": [*SMALL[2:], "--steps", "3"],
             "train": [*TRAIN, *(["--minutes", "0.03"] if "--minutes" in words else ["--steps", "10"])]}.get(words[1])
     return None if more is None else [BIN/"tiny_llm", *words[1:], *more]
-
-
-def place(words, desk, tree): return desk if words[0] == "tiny_llm" else tree
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +66,12 @@ def desk(tmp_path_factory):
     return d
 
 
+@pytest.fixture(scope="module")
+def clone(tree, tmp_path_factory):
+    "A copy of the project to install and test."
+    return shutil.copytree(tree, tmp_path_factory.mktemp("clone")/"tiny_llm", symlinks=True)
+
+
 def test_every_fence_is_of_a_known_kind():
     kinds = re.findall(r"^```(\w*)$", README, re.M)[::2]
     assert set(kinds) <= {"sh", "python", "json"}, f"{set(kinds)}: teach tests/test_readme.py to run them"
@@ -89,11 +92,11 @@ def test_every_command_and_every_kind_of_data_is_shown():
 
 
 @pytest.mark.parametrize("words", commands(), ids=" ".join)
-def test_command(words, desk, tree):
+def test_command(words, desk, clone):
     line = smaller(words)
     assert line, f"README says `{' '.join(words)}`, and no test runs it: add its form to tests/test_readme.py"
     if "--resume" in words: (desk/words[words.index("--out")+1]/"summary.json").unlink(missing_ok=True)   # as if it had been interrupted
-    p = subprocess.run([str(w) for w in line], cwd=place(words, desk, tree), input="Hello!\n/exit\n", capture_output=True, text=True, encoding="utf-8", timeout=300,
+    p = subprocess.run([str(w) for w in line], cwd=desk if words[0] == "tiny_llm" else clone, input="Hello!\n/exit\n", capture_output=True, text=True, encoding="utf-8", timeout=300,
                        env=environment(TINY_LLM_DATA=str(desk/"data")))
     assert p.returncode == 0, p.stdout[-4000:] + p.stderr[-4000:]
     if words[0] == "tiny_llm" and "--out" in words: assert (desk/words[words.index("--out")+1]/"best"/"model.safetensors").is_file()

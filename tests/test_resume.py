@@ -107,7 +107,7 @@ def test_kill_minus_nine_at_random_moments(tmp_path):
 def small_disk(tmp_path):
     place = tmp_path/"disk"
     place.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1400k", "tmpfs", str(place)], capture_output=True).returncode:
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(place)], capture_output=True).returncode:
         pytest.skip("mounting a small tmpfs needs root")
     yield place
     subprocess.run(["umount", "-l", str(place)], check=True)

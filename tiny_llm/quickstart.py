@@ -80,14 +80,14 @@ def open_model(
 
 # %% ../nbs/20b_quickstart.ipynb #dd762e73
 RECIPE = dict(
-    preset="quick", vocab_size=1024,
+    preset="story", vocab_size=2048,
     ctx=512,                      # tokens; a story, and a conversation with its reply, must fit
     stories_per_minute=12_000,    # of training
-    share=0.7,                    # of the minutes, for training on stories
-    train=dict(),                 # further arguments of `train`: batch, ctx, lr, optimizer, ...
-    chats_per_minute=4_000,       # of fine-tuning
-    replay=0.0,                   # stories per conversation, mixed in against forgetting
-    finetune=dict(),              # further arguments of `finetune`
+    share=0.55,                   # of the minutes, for training on stories
+    train=dict(optimizer="muon", lr=0.02, batch=6, ctx=384, decay="constant"),  # the rate falls in the second part
+    chats_per_minute=5_000,       # of fine-tuning
+    replay=0.5,                   # stories per conversation, mixed in against forgetting
+    finetune=dict(optimizer="muon", lr=0.02, batch=6, ctx=384),
     held_out=400,                 # stories, and conversations, for validation
     judged=200,                   # stories, and requests, for the report card
 )
@@ -190,8 +190,8 @@ def judge(
     for _ in text: pass
     return dict(parameters=told.summary["params"], tokens=dict(stories=told.summary["tokens"], chat=tuned.summary["tokens"]),
                 tokens_per_s=told.summary["tokens_per_s"], training_seconds=told.summary["seconds"] + tuned.summary["seconds"],
-                val=evaluate_loss(base, tok, held), val_after_chat=evaluate_loss(model, tok, held),
-                stories=grade_stories(base, tok, n=n), chat=grade_chat(model, tok, n=n), generation_tokens_per_s=text.tokens_per_second)
+                val=evaluate_loss(model, tok, held), val_before_chat=evaluate_loss(base, tok, held),
+                stories=grade_stories(model, tok, n=n), chat=grade_chat(model, tok, n=n), generation_tokens_per_s=text.tokens_per_second)
 
 def judged_rows(
     told,    # what grade_stories returns, or None
@@ -211,10 +211,10 @@ def report_card(
     return table([
         ("parameters", f"{s['parameters']:,}"), ("tokens seen", f"{tokens['stories']:,} of stories, {tokens['chat']:,} of conversations"),
         ("training", f"{s['tokens_per_s']:,.0f} tokens/s, {clock(s['training_seconds'])} in all"), *loss_rows(s["val"]),
-        ("loss after fine-tuning", f"{s['val_after_chat']['nats_per_token']:.4f} nats/token on the same stories"), *judged_rows(stories, s["chat"]),
+        ("loss before fine-tuning", f"{s['val_before_chat']['nats_per_token']:.4f} nats/token on the same stories"), *judged_rows(stories, s["chat"]),
         ("generation", f"{s['generation_tokens_per_s']:,.0f} tokens/s, one text; {stories['tokens_per_second']:,.0f} tokens/s, {stories['n']} at once"),
         ("wall time", clock(s["wall_seconds"])), ("everything is in", folder), ("the model is in", f"{folder}/model"), ("", ""),
-        ("next", f"tiny_llm chat --model {folder}"), ("", f"tiny_llm generate --model {folder}/stories --prompt \"Once upon a time\""),
+        ("next", f"tiny_llm chat --model {folder}"), ("", f"tiny_llm generate --model {folder} --prompt \"Once upon a time\""),
         ("", "tiny_llm train --data FILE --minutes 3 --out runs/mine")])
 
 # %% ../nbs/20b_quickstart.ipynb #aacf4094

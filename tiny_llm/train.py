@@ -317,13 +317,15 @@ def run_steps(
                 if stop_at is not None and t.step >= stop_at: return "paused"
                 if asked: return "interrupted"
                 loss = t.advance(p)
-                if t.step % log == 0: t.log()
                 now, done = time.perf_counter(), int(10 * t.clock.progress(t.step))
+                if done == 10: continue             # the last line, evaluation and save are those of `finish`
                 due = t.step % every["eval"] == 0 if every["eval"] else done > tenth and (t.clock.steps or now - evaluated > 10 * cost)
-                if due and done < 10:
+                if due:
                     t.evaluate()
                     tenth, evaluated, cost = done, time.perf_counter(), time.perf_counter() - now
-                elif t.step % every["save"] == 0 if every["save"] else now - t.saved > 60: t.checkpoint()
+                    continue
+                if t.step % log == 0: t.log()
+                if t.step % every["save"] == 0 if every["save"] else now - t.saved > 60: t.checkpoint()
                 progress.show(t, loss)
         return "finished"
     finally: progress.close()
