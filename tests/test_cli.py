@@ -110,11 +110,15 @@ def test_finetune_then_chat_through_a_pipe(room):
 
 
 def test_quickstart_ends_by_itself(tmp_path):
-    said = fine("quickstart", "--minutes", 0.1, "--preset", "tiny", "--out", "q", "--device", "cpu", cwd=tmp_path, timeout=300)
+    code = "import sys; from tiny_llm.cli import main; from tiny_llm.quickstart import RECIPE; RECIPE.update(judged=20, held_out=100); sys.exit(main())"
+    line = "quickstart --minutes 0.1 --preset tiny --out q --device cpu".split()
+    p = subprocess.run([sys.executable, "-c", code, *line], cwd=tmp_path, env=environment(), stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300)
+    said = p.stdout
+    assert p.returncode == 0, said + p.stderr
     for row in ("parameters", "tokens seen", "training", "validation loss", "floor", "gap", "bits per byte", "stories that parse", "faults of the rest",
                 "requests fulfilled", "generation", "wall time", "the model is in", "tiny_llm chat --model q"): assert row in said, row
     numbers = json.loads((tmp_path/"q"/"summary.json").read_text())
-    assert numbers["stories"]["n"] == numbers["chat"]["n"] == 200
+    assert numbers["stories"]["n"] == numbers["chat"]["n"] == 20
     assert {"config.json", "model.safetensors", "tokenizer.json", "README.md"} <= {p.name for p in (tmp_path/"q"/"model").iterdir()}
     assert "model>" in fine("chat", "--model", "q", "--max_tokens", 5, cwd=tmp_path, stdin="Hi\n")
     wrong("quickstart", "--out", "q", cwd=tmp_path, real=False, says="already holds a quickstart; go on with it (--resume), or choose another folder (--out)")
@@ -233,16 +237,16 @@ def test_a_full_disk(desk, small_disk):
 
 @unix
 def test_ctrl_c_and_resume(desk, tmp_path):
-    line = [TL, "train", "--data", desk/"ducks.txt", "--steps", "1500", *SMALL, "--out", tmp_path/"run"]
+    line = [TL, "train", "--data", desk/"ducks.txt", "--steps", "600", *SMALL, "--out", tmp_path/"run"]
     p = subprocess.Popen(list(map(str, line)), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True)
     until(lambda: (tmp_path/"run"/"metrics.jsonl").exists() and len((tmp_path/"run"/"metrics.jsonl").read_text().splitlines()) > 2 or p.poll() is not None)
     p.send_signal(signal.SIGINT)
     out, err = p.communicate(timeout=60)
     assert p.returncode == 130 and "Traceback" not in err and "--resume goes on" in err.splitlines()[-1], err
     step = json.loads((tmp_path/"run"/"summary.json").read_text())["step"]
-    assert 0 < step < 1500
+    assert 0 < step < 600
     fine(*line[1:], "--resume", cwd=tmp_path)
-    assert json.loads((tmp_path/"run"/"summary.json").read_text())["step"] == 1500
+    assert json.loads((tmp_path/"run"/"summary.json").read_text())["step"] == 600
 
 
 @unix
