@@ -9,6 +9,8 @@ __all__ = ['GROUPS', 'CUT', 'Fault', 'pattern', 'known_words', 'Reader', 'Verdic
 import math, re
 from functools import lru_cache
 
+from fastcore.basics import patch
+
 from .stories import PLOTS, SLOT, WORDS, Teller, closing, opening, parts, story
 
 # %% ../nbs/06b_judge.ipynb #4a6e5773
@@ -58,57 +60,64 @@ class Reader(Teller):
         if w not in ws: raise Fault(at, GROUPS.get(kind, "detail"), f"another {kind}")
         return w, m.end(), math.log(len(ws))
 
-    def fault_kind(self, at, kind, form):
-        "spelling, the group of a kind whose word is the wrong one, or grammar."
-        word = re.compile(r"[A-Za-z]*").match(self.given, at).group()
-        if at >= len(self.given): return "unfinished"
-        if form in ("he", "his", "him", "He", "His"): return "pronoun" if word.lower() in ("he", "she", "his", "her", "him") else "grammar"
-        alike = [k for k in WORDS if k == kind or k in GROUPS and GROUPS[k] == GROUPS.get(kind)]
-        if any(pattern(k, form)[0].match(self.given, at) for k in alike): return GROUPS.get(kind, "detail")
-        return "grammar" if not word or word in known_words() else "spelling"
+# %% ../nbs/06b_judge.ipynb #a7915f05
+@patch
+def fault_kind(self: Reader, at, kind, form):
+    "spelling, the group of a kind whose word is the wrong one, or grammar."
+    word = re.compile(r"[A-Za-z]*").match(self.given, at).group()
+    if at >= len(self.given): return "unfinished"
+    if form in ("he", "his", "him", "He", "His"): return "pronoun" if word.lower() in ("he", "she", "his", "her", "him") else "grammar"
+    alike = [k for k in WORDS if k == kind or k in GROUPS and GROUPS[k] == GROUPS.get(kind)]
+    if any(pattern(k, form)[0].match(self.given, at) for k in alike): return GROUPS.get(kind, "detail")
+    return "grammar" if not word or word in known_words() else "spelling"
 
-    def follow(self, line):
-        "Match one line from here: end, roles, spans (start, end, kind, nats) and the Fault that ended it, if any."
-        at, roles, spans = self.at, dict(self.roles), []
-        try:
-            for p in parts((" " if self.said else "") + line):
-                if isinstance(p, str):
-                    if not self.given.startswith(p, at): self.differs(p, at)
-                    end, kind, nats = at + len(p), "text", 0.0
-                else:
-                    old = p[1] in roles
-                    w, end, nats = self.slot(p, roles, at)
-                    roles[p[1]] = w
-                    kind = ("same " if old else "new ") + (w.kind if p[2] in (None, "a") else "pronoun")
-                spans.append((at, end, kind, nats))
-                at = end
-            return at, roles, spans, None
-        except Fault as fault: return fault.at, roles, spans, fault
+@patch
+def differs(self: Reader, want, at):
+    "Raise the Fault of a text that goes on differently from `want`."
+    n = next((i for i, c in enumerate(want) if self.given[at+i:at+i+1] != c), len(want))
+    begin = at + n
+    while begin > at and self.given[begin-1:begin].isalpha(): begin -= 1
+    if at + n >= len(self.given): raise Fault(at + n, "unfinished", want[n:])
+    word = re.compile(r"[A-Za-z]*").match(self.given, begin).group()
+    raise Fault(at + n, "spelling" if word and word not in known_words() else "grammar", want[begin-at:])
 
-    def differs(self, want, at):
-        "Raise the Fault of a text that goes on differently from `want`."
-        n = next((i for i, c in enumerate(want) if self.given[at+i:at+i+1] != c), len(want))
-        begin = at + n
-        while begin > at and self.given[begin-1:begin].isalpha(): begin -= 1
-        if at + n >= len(self.given): raise Fault(at + n, "unfinished", want[n:])
-        word = re.compile(r"[A-Za-z]*").match(self.given, begin).group()
-        raise Fault(at + n, "spelling" if word and word not in known_words() else "grammar", want[begin-at:])
+# %% ../nbs/06b_judge.ipynb #e2e2ab8d
+@patch
+def follow(self: Reader, line):
+    "Match one line from here: end, roles, spans (start, end, kind, nats) and the Fault that ended it, if any."
+    at, roles, spans = self.at, dict(self.roles), []
+    try:
+        for p in parts((" " if self.said else "") + line):
+            if isinstance(p, str):
+                if not self.given.startswith(p, at): self.differs(p, at)
+                end, kind, nats = at + len(p), "text", 0.0
+            else:
+                old = p[1] in roles
+                w, end, nats = self.slot(p, roles, at)
+                roles[p[1]] = w
+                kind = ("same " if old else "new ") + (w.kind if p[2] in (None, "a") else "pronoun")
+            spans.append((at, end, kind, nats))
+            at = end
+        return at, roles, spans, None
+    except Fault as fault: return fault.at, roles, spans, fault
 
-    def say(self, *lines, weights=None):
-        tried = [self.follow(line) for line in lines]
-        fits = [i for i, (*_, fault) in enumerate(tried) if fault is None]
-        if not fits: raise max((fault for *_, fault in tried), key=lambda f: (f.at, f.kind != "grammar"))
-        assert len(fits) == 1, f"two ways to read {self.given[self.at:]!r}: {[lines[i] for i in fits]}"
-        before, begin = dict(self.roles), self.at
-        self.at, self.roles, spans, _ = tried[fits[0]]
-        self.count(fits[0], len(lines), weights)
-        self.nats += sum(s[3] for s in spans)
-        self.spans += spans
-        self.said.append(self.given[begin:self.at])
-        self.chosen(lines, weights or [1] * len(lines), before, begin)
-        return fits[0]
+@patch
+def say(self: Reader, *lines, weights=None):
+    tried = [self.follow(line) for line in lines]
+    fits = [i for i, (*_, fault) in enumerate(tried) if fault is None]
+    if not fits: raise max((fault for *_, fault in tried), key=lambda f: (f.at, f.kind != "grammar"))
+    assert len(fits) == 1, f"two ways to read {self.given[self.at:]!r}: {[lines[i] for i in fits]}"
+    before, begin = dict(self.roles), self.at
+    self.at, self.roles, spans, _ = tried[fits[0]]
+    self.count(fits[0], len(lines), weights)
+    self.nats += sum(s[3] for s in spans)
+    self.spans += spans
+    self.said.append(self.given[begin:self.at])
+    self.chosen(lines, weights or [1] * len(lines), before, begin)
+    return fits[0]
 
-    def chosen(self, lines, weights, roles, begin): pass
+@patch
+def chosen(self: Reader, lines, weights, roles, begin): pass
 
 # %% ../nbs/06b_judge.ipynb #dcc96ce0
 class Verdict:

@@ -193,6 +193,7 @@ def judge(
                 val=evaluate_loss(model, tok, held), val_before_chat=evaluate_loss(base, tok, held),
                 stories=grade_stories(model, tok, n=n), chat=grade_chat(model, tok, n=n), generation_tokens_per_s=text.tokens_per_second)
 
+# %% ../nbs/20b_quickstart.ipynb #f28797a9
 def judged_rows(
     told,    # what grade_stories returns, or None
     chat,    # what grade_chat returns, or None

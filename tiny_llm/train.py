@@ -44,7 +44,7 @@ def evaluate_loss(
     model,                # Transformer
     tok,                  # Tokenizer
     docs="stories",       # documents, Tokens, or the name of a source, whose validation split is taken
-    batch: int = None,    # B, rows at once; None: about 8,192 tokens
+    batch: int = None,    # B, rows at once; None: about 4,096 tokens
     ctx: int = None,      # T, predictions per row; None: the model's
     floor: float = None,  # nats per token, where it is known; None: from the documents' own `nats`
     dtype=torch.float32,  # of the products
@@ -56,7 +56,7 @@ def evaluate_loss(
     ctx, was = ctx or model.cfg.ctx, model.training
     model.eval()
     nats = count = 0.0
-    for b in Batches(tokens, ctx, batch or max(1, 8192 // ctx)).once():
+    for b in Batches(tokens, ctx, batch or max(1, 4096 // ctx)).once():
         here = b.w.sum().item()
         nats += loss_of(model, b.to(model.device), dtype).item() * here
         count += here
@@ -243,8 +243,8 @@ def prepare(self: Training):
         if self.settings["compile"]: self.loss = compiled(loss_of); return self.prepare()
     start = time.perf_counter()
     if self.step == 0: self.evaluate()
-    slower = 3 if self.dtype == torch.bfloat16 else 1.5      # the last evaluation is in float32
-    self.clock.reserve = max(self.clock.reserve, min(a_step + slower * (time.perf_counter() - start) + 1.5, 0.4 * (self.clock.budget or 0)))
+    slower = 1.8 if self.dtype == torch.bfloat16 else 1.2    # the last evaluation is in float32
+    self.clock.reserve = max(self.clock.reserve, min(a_step + slower * (time.perf_counter() - start) + 1, 0.4 * (self.clock.budget or 0)))
     self.clock.lost += time.perf_counter() - self.clock.began
 
 @patch
@@ -319,7 +319,7 @@ def run_steps(
                 loss = t.advance(p)
                 now, done = time.perf_counter(), int(10 * t.clock.progress(t.step))
                 if done == 10: continue             # the last line, evaluation and save are those of `finish`
-                due = t.step % every["eval"] == 0 if every["eval"] else done > tenth and (t.clock.steps or now - evaluated > 10 * cost)
+                due = t.step % every["eval"] == 0 if every["eval"] else done > tenth and (t.clock.steps or now - evaluated > 20 * cost)
                 if due:
                     t.evaluate()
                     tenth, evaluated, cost = done, time.perf_counter(), time.perf_counter() - now
@@ -339,14 +339,14 @@ def train(
     minutes: float = None,        # budget, all included; None: 2, unless `steps` is given
     steps: int = None,            # number of steps, instead of minutes
     out=None,                     # run folder; None: nothing is written
-    batch: int = None,            # B, rows; None: about 8,192 tokens
+    batch: int = None,            # B, rows; None: about 2,304 tokens on a CPU, more on a GPU
     ctx: int = None,              # T, predictions per row; None: the model's
-    lr: float = None,             # learning rate at the top of the schedule
-    optimizer: str = None,        # "adamw" or "muon"
-    weight_decay: float = None,   # of matrices
-    warmup: float = None,         # share of the run in which the learning rate rises
-    decay: str = None,            # "linear", "cosine" or "constant"
-    clip: float = None,           # longest gradient let through; 0: any
+    lr: float = None,             # learning rate at the top of the schedule; None: the best known for the optimizer
+    optimizer: str = None,        # "muon" or "adamw"; None: muon
+    weight_decay: float = None,   # of matrices; None: 0.1
+    warmup: float = None,         # share of the run in which the learning rate rises; None: 0.02
+    decay: str = None,            # "linear", "cosine" or "constant"; None: linear
+    clip: float = None,           # longest gradient let through; 0: any; None: 1
     seed: int = None,             # of the order of the data; None: 0
     device="auto",                # "cpu", "cuda", "mps", "auto"
     resume: bool = False,         # go on with the run in `out`; its settings hold
@@ -365,7 +365,7 @@ def train(
     s = settle(dict(minutes=minutes, steps=steps, batch=batch, ctx=ctx, lr=lr, optimizer=optimizer, weight_decay=weight_decay, warmup=warmup,
                     decay=decay, clip=clip, seed=seed, dtype=dtype, compile=compile), past["settings"], model, folder, device)
     if docs is None: docs = past["data"].get("source") or "stories"
-    tokens, held, least = corpora(docs, val, tok, cap=min(65536, max(4096, int((s["minutes"] or 2) * 30_000))))
+    tokens, held, least = corpora(docs, val, tok, cap=min(65536, max(4096, int((s["minutes"] or 2) * 8_000))))
     tokens.require(s["ctx"])
     clock.budget, clock.steps = s["minutes"] and 60 * s["minutes"], s["steps"]
     t = Training(model.to(device), tok, tokens, s, folder, held, least if floor is None else floor, clock)
@@ -374,7 +374,7 @@ def train(
         return t.finish(run_steps(t, dict(log=log_every, eval=eval_every, save=save_every), stop_at, quiet))
 
 # %% ../nbs/10_train.ipynb #5b72c936
-RATIO = 3.0   # tokens per weight that a model should see at least
+RATIO = 0.4   # tokens per weight that a model should see at least, in a run of minutes
 
 @dataclass
 class Plan:
@@ -418,7 +418,7 @@ def plan(
     device="auto",           # "cpu", "cuda", "mps", "auto"
     vocab_size: int = 1024,  # V
     ctx: int = None,         # T; None: each preset's own
-    batch: int = None,       # B, rows; None: about 8,192 tokens
+    batch: int = None,       # B, rows; None: as in `train`
     names=None,              # presets to choose from; None: all
     dtype: str = None,       # as in `train`
     compile: bool = None,    # as in `train`
