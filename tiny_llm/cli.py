@@ -388,6 +388,7 @@ def info_rows(
             ("memory", f"{4 * n / 1e6:,.1f} MB of weights (float32), {16 * n / 1e6:,.1f} MB with gradients and the state of AdamW"),
             ("cache", f"{cache:,} bytes per token, {cache * cfg.ctx / 1e6:,.1f} MB at full context")]
 
+# %% ../nbs/21_cli.ipynb #7a700d88
 @command
 def info(
     model: str = None,        # model folder or run folder

@@ -181,6 +181,7 @@ class Surprised(Reader):
             self.words.append((c1, c2, math.log(F) - math.log(G)))
             F, c1 = G, c2
 
+# %% ../nbs/06b_judge.ipynb #25f89003
 def surprisals(
     text: str,   # a story
     tale=story,  # the function that tells

@@ -148,6 +148,7 @@ def write_checkpoint(
         swap_in(new, folder)
     finally: shutil.rmtree(new, ignore_errors=True)
 
+# %% ../nbs/09b_run.ipynb #83197ad5
 def sweep(
     folder,   # run folder
 ):
@@ -208,7 +209,7 @@ def plot_run(
         above = [r for r in val if r["val"] > floor]
         axes[1].semilogy([r["step"] for r in above], [r["val"] - floor for r in above], "o-", ms=3)
         axes[1].set(xlabel="step", ylabel="gap to the floor\n(nats per token)")
-    rate.plot([r["step"] for r in logged], [r["lr"] for r in logged]); rate.set(xlabel="step", ylabel="learning rate", ylim=(0, None))
+    rate.plot([r["step"] for r in logged], [r["lr"] for r in logged]); rate.set(xlabel="step", ylabel="learning rate", ylim=(0, None), xlim=top.get_xlim())
     said, text_of = [r for r in metrics if r.get("sample")], lambda r: " ".join(r["sample"].split())[:100].replace("$", r"\$")
     samples = min(samples, len(said))
     text.axis("off")
@@ -231,6 +232,7 @@ def read_metrics(
 
 def _read_json(path): return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
+# %% ../nbs/09b_run.ipynb #b3145757
 class Run:
     "What a run has measured, and its model; `Run(folder)` opens one from disk."
     def __init__(self,
