@@ -15,6 +15,7 @@ from .basics import UserError
 from .data import Tokens, tokenize
 from .generate import generate_batch, wilson
 from .talk import SMALL_TALK, conversations as story_talk, fulfilled, wanted
+from .run import say
 from .train import train
 
 # %% ../nbs/14_finetune.ipynb #9173d0e9
@@ -28,7 +29,7 @@ def chat_tokens(
     pairs = [tok.chat(c) for c in chats]
     fit = [p for p in pairs if len(p[0]) <= ctx]
     if not fit: raise UserError(f"none of the {len(pairs)} conversations fits into {ctx} tokens; use shorter ones or a larger ctx")
-    if len(fit) < len(pairs): print(f"{len(pairs) - len(fit)} of {len(pairs)} conversations are longer than {ctx} tokens and left out")
+    if len(fit) < len(pairs): say(f"{len(pairs) - len(fit)} of {len(pairs)} conversations are longer than {ctx} tokens and left out")
     if not any(w for _, ws in fit for w in ws): raise UserError("no conversation has a reply by the assistant to learn from")
     return tokenize([*fit, *replay], tok)
 

@@ -187,6 +187,7 @@ def checkpoint(self: Training,
         swap_in(new, self.folder/"best")
     finally: shutil.rmtree(new, ignore_errors=True)
 
+# %% ../nbs/10_train.ipynb #1e0efc8e
 @patch
 def restore(self: Training):
     "Go back to last/; without one, to the start. Lines logged after it are taken out."
@@ -247,6 +248,7 @@ def prepare(self: Training):
     self.clock.reserve = max(self.clock.reserve, min(a_step + slower * (time.perf_counter() - start) + 1, 0.4 * (self.clock.budget or 0)))
     self.clock.lost += time.perf_counter() - self.clock.began
 
+# %% ../nbs/10_train.ipynb #9526d086
 @patch
 def finish(self: Training,
     stopped: str,   # finished, paused or interrupted
@@ -366,8 +368,7 @@ def train(
                     decay=decay, clip=clip, seed=seed, dtype=dtype, compile=compile), past["settings"], model, folder, device)
     if docs is None: docs = past["data"].get("source") or "stories"
     tokens, held, least = corpora(docs, val, tok, cap=min(65536, max(4096, int((s["minutes"] or 2) * 8_000))))
-    tokens.require(s["ctx"])
-    clock.budget, clock.steps = s["minutes"] and 60 * s["minutes"], s["steps"]
+    tokens.require(s["ctx"]); clock.budget, clock.steps = s["minutes"] and 60 * s["minutes"], s["steps"]
     t = Training(model.to(device), tok, tokens, s, folder, held, least if floor is None else floor, clock)
     with disk_errors(folder):
         t.begin(str(docs) if isinstance(docs, (str, Path)) else None, past["settings"] and past)
@@ -413,6 +414,7 @@ def time_steps(
         if i: best = min(best, time.perf_counter() - start)
     return best
 
+# %% ../nbs/10_train.ipynb #b6f831b5
 def plan(
     minutes: float = None,   # budget; None: 2
     device="auto",           # "cpu", "cuda", "mps", "auto"
