@@ -103,6 +103,7 @@ def follow(self: Reader, line):
 
 @patch
 def say(self: Reader, *lines, weights=None):
+    "Find the one line that the text follows, and take it."
     tried = [self.follow(line) for line in lines]
     fits = [i for i, (*_, fault) in enumerate(tried) if fault is None]
     if not fits: raise max((fault for *_, fault in tried), key=lambda f: (f.at, f.kind != "grammar"))
@@ -117,7 +118,8 @@ def say(self: Reader, *lines, weights=None):
     return fits[0]
 
 @patch
-def chosen(self: Reader, lines, weights, roles, begin): pass
+def chosen(self: Reader, lines, weights, roles, begin):
+    "Called after each line that was read; a reader that keeps more than the choices overrides it."
 
 # %% ../nbs/06b_judge.ipynb #dcc96ce0
 class Verdict:
