@@ -1,6 +1,7 @@
-"""Every command in README is run, in order, in one folder: whole commands with smaller budgets. A line that this file does not know fails.
+"""Every command in README is tried, in order, in one folder. A line that this file does not know fails.
 
-Shell lines are those of fences marked sh; Python blocks are run as they stand, but for the numbers in SMALLER.
+Shell lines are those of fences marked sh. Those of `tiny_llm` are run whole, with smaller budgets. Three are only touched, since whoever runs this file has done them: `pip install` is a
+dry run without a network, `pytest` a few of its tests, `jupyter lab` tells its version; `.ci/run` installs and tests in full. Python blocks are run as they stand, but for the numbers in SMALLER.
 """
 import gzip, json, re, shlex, shutil, subprocess, sys
 from pathlib import Path
@@ -34,9 +35,10 @@ def commands():
 
 def smaller(words):
     "A command of README with a budget for tests, or None if it is not known here. A later option overrides an earlier one."
-    if words[:4] == ["pip", "install", "-e", words[-1]] and words[-1] in (".", ".[dev]"):
+    if words[:4] == ["pip", "install", "-e", words[-1]] and words[-1] in (".", ".[dev]", ".[hf]"):
         return [sys.executable, "-m", *words[:2], "--dry-run", "--quiet", "--no-deps", "--no-index", "--no-build-isolation", *words[2:]]
     if words == ["pytest"]: return [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_house.py", "-k", "light or settings or resolve"]
+    if words == ["jupyter", "lab", "nbs"] and (ROOT/"nbs").is_dir(): return [sys.executable, "-m", "jupyter", "lab", "--version"]
     if words[0] != "tiny_llm" or len(words) < 2: return None
     more = {"quickstart": ["--minutes", "0.1", *TINY.split()], "chat": ["--max_tokens", "5", "--device", "cpu"], "plot": [], "info": [],
             "generate": ["--max_tokens", "5", "--device", "cpu"], "eval": ["--device", "cpu"], "finetune": [*SMALL[2:], "--steps", "3"],
@@ -79,7 +81,7 @@ def test_every_fence_is_of_a_known_kind():
 
 
 def test_an_unknown_line_is_seen():
-    for line in ("tiny_llm trian --data x", "pip install tiny_llm", "make", "tiny_llm"): assert smaller(shlex.split(line)) is None
+    for line in ("tiny_llm trian --data x", "pip install tiny_llm", "jupyter lab notebooks", "make", "tiny_llm"): assert smaller(shlex.split(line)) is None
 
 
 def test_every_command_and_every_kind_of_data_is_shown():

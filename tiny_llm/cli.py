@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['commands', 'command', 'make_parser', 'parse', 'tell', 'overview', 'dispatch', 'main', 'train_rows', 'read_text',
-           'train', 'clean', 'generate', 'colourful', 'line_reader', 'chat', 'as_messages', 'read_conversations',
+           'train', 'settings', 'generate', 'colourful', 'line_reader', 'chat', 'as_messages', 'read_conversations',
            'finetune', 'eval_', 'run_folders', 'plot', 'info_rows', 'info', 'quickstart']
 
 # %% ../nbs/21_cli.ipynb #8df62ff4
@@ -14,8 +14,9 @@ from contextlib import suppress
 from inspect import getdoc, signature
 from itertools import chain
 from pathlib import Path
-from .basics import UserError, did_you_mean, write_file
-from .quickstart import QUICK, finished, judged_rows, loss_rows, clock, model_folder, note, open_model, table, vocabulary
+from fastcore.meta import delegates
+from .basics import UserError, did_you_mean, note, write_file
+from .quickstart import QUICK, finished, judged_rows, loss_rows, clock, open_model, table, vocabulary
 
 # %% ../nbs/21_cli.ipynb #46f6cef4
 commands = {}   # word -> function
@@ -23,7 +24,7 @@ commands = {}   # word -> function
 def command(
     f,   # a function whose arguments all have defaults
 ):       # the function, as it was
-    "Let a function be a command: its name is the word, its arguments are the options, its docstring and comments the help."
+    "Let a function be a command: its name is the word, its arguments the options, its docstring and comments the help."
     commands[f.__name__.rstrip("_")] = f
     return f
 
@@ -55,7 +56,8 @@ def parse(
         if w.startswith("--") and len(w) > 2:
             name, equals, value = w.partition("=")
             if name not in known: name = "--" + name[2:].replace("-", "_")
-            if name not in known: raise UserError(f"tiny_llm {word} has no option {w}; --help lists them.{did_you_mean(name, known)}")
+            if name not in known:
+                raise UserError(f"tiny_llm {word} has no option {w}; --help lists them.{did_you_mean(name, known)}")
             w = name + equals + value
         line.append(w)
     given, rest = p.parse_known_args(line)
@@ -75,8 +77,9 @@ def tell(
 def overview() -> str:
     "The help of the command itself."
     lines = [f"  {word:<12}{getdoc(f).splitlines()[0]}" for word, f in commands.items()]
-    return "\n".join(["usage: tiny_llm COMMAND [--option value ...]", "", "A small language model: trained, understood and talked to on two CPU cores.", "",
-                      *lines, "", "tiny_llm COMMAND --help lists the options of a command.",
+    return "\n".join(["usage: tiny_llm COMMAND [--option value ...]", "",
+                      "A small language model: trained, understood and talked to on two CPU cores.", "", *lines, "",
+                      "tiny_llm COMMAND --help lists the options of a command.",
                       "To begin: tiny_llm quickstart"])
 
 def dispatch(
@@ -88,7 +91,8 @@ def dispatch(
     if word in ("-V", "--version"):
         from tiny_llm import __version__
         return print("tiny_llm", __version__)
-    if word not in commands: raise UserError(f"there is no command {word!r}; tiny_llm --help lists them.{did_you_mean(word, commands)}")
+    if word not in commands:
+        raise UserError(f"there is no command {word!r}; tiny_llm --help lists them.{did_you_mean(word, commands)}")
     f = commands[word]
     f(**parse(f, rest))
 
@@ -98,18 +102,19 @@ def main(
 ) -> int:        # exit code
     "Run one command. What a person gets wrong ends in one line and code 2."
     for s in (sys.stdin, sys.stdout, sys.stderr):
-        with suppress(AttributeError, ValueError): s.reconfigure(errors="replace")    # a terminal without UTF-8 shows ? and goes on
+        with suppress(AttributeError, ValueError): s.reconfigure(errors="replace")    # without UTF-8 show ? and go on
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")       # what a person should know is printed as a note
         try: dispatch(sys.argv[1:] if argv is None else list(argv))
         except UserError as e: return tell(e)
         except KeyboardInterrupt as e: return tell(str(e) or "interrupted", 130)
         except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)                 # or Python complains when it flushes at the end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)             # or Python complains when it flushes at the end
             return 141
         except OSError as e: return tell(f"{e.filename or 'the system says'}: {e.strerror or e}")
         except (MemoryError, RuntimeError) as e:
-            if isinstance(e, RuntimeError) and "out of memory" not in str(e) and "can't allocate memory" not in str(e): raise
+            full = any(words in str(e) for words in ("out of memory", "can't allocate memory"))
+            if isinstance(e, RuntimeError) and not full: raise
             return tell("there is not enough memory; a smaller --batch, --ctx or --preset needs less")
         except SystemExit as e: return e.code or 0                       # argparse, after --help
     return 0
@@ -120,8 +125,10 @@ def train_rows(
 ) -> list:   # rows for `table`
     "What a run says of itself."
     s = run.summary
-    return [("parameters", f"{s['params']:,}"), ("tokens seen", f"{s['tokens']:,} in {s['step']:,} steps and {clock(s['seconds'])}"),
-            ("speed", f"{s['tokens_per_s']:,.0f} tokens/s ({s['dtype']}{', compiled' if s['compiled'] else ''}, {s['device']})"),
+    how = f"{s['dtype']}{', compiled' if s['compiled'] else ''}, {s['device']}"
+    return [("parameters", f"{s['params']:,}"),
+            ("tokens seen", f"{s['tokens']:,} in {s['step']:,} steps and {clock(s['seconds'])}"),
+            ("speed", f"{s['tokens_per_s']:,.0f} tokens/s ({how})"),
             *loss_rows(s.get("val")), ("run folder", run.folder), ("model folder", run.folder/"best")]
 
 # %% ../nbs/21_cli.ipynb #e110413f
@@ -143,16 +150,16 @@ def read_text(
 # %% ../nbs/21_cli.ipynb #34d5ffa9
 @command
 def train(
-    data: str = "stories",       # stories, python, a text/JSONL/JSON/CSV/Parquet file or a folder of them, or a dataset name
+    data: str = "stories",       # stories, python, a text/JSONL/JSON/CSV/Parquet file or folder, or a dataset name
     out: str = "runs/train",     # run folder to make
-    preset: str = None,          # named model (tiny_llm info lists them); left out: the size that suits the minutes
+    preset: str = None,          # named model (see tiny_llm info); left out: what suits the minutes; with steps: quick
     minutes: float = None,       # budget of the training; left out: 2, unless steps is given
     steps: int = None,           # number of steps, instead of minutes
     vocab_size: int = 1024,      # tokens in the vocabulary
     ctx: int = None,             # longest text the model reads, tokens; left out: the preset's
-    batch: int = None,           # rows per step; left out: about 8,192 tokens
-    lr: float = None,            # learning rate at the top of the schedule
-    optimizer: str = None,       # adamw or muon
+    batch: int = None,           # rows per step; left out: what suits the device
+    lr: float = None,            # highest learning rate; left out: the best known for the optimizer
+    optimizer: str = None,       # muon or adamw; left out: muon
     seed: int = 0,               # of weights, order and stories
     device: str = "auto",        # auto, cpu, cuda, mps
     resume: bool = False,        # go on with the run in out: the same line again, and --resume
@@ -174,40 +181,41 @@ def train(
     if not (past or preset): preset = plan(minutes, device, len(tok), ctx, batch).preset if not steps else "quick"
     cfg = ModelConfig(**past["model"]) if past else shape(preset, vocab_size=len(tok), **size)
     torch.manual_seed(seed)
-    run = finished(fit(Transformer(cfg), tok, tokens, val=val, minutes=minutes, steps=steps, out=out, batch=batch, lr=lr, optimizer=optimizer,
-                       seed=seed, device=device, resume=resume, dtype=dtype, compile=compile), "the same line with --resume")
-    print(table(train_rows(run)))
+    run = fit(Transformer(cfg), tok, tokens, val=val, minutes=minutes, steps=steps, out=out, batch=batch, lr=lr,
+              optimizer=optimizer, seed=seed, device=device, resume=resume, dtype=dtype, compile=compile)
+    print(table(train_rows(finished(run, "the same line with --resume"))))
     return run
 
 # %% ../nbs/21_cli.ipynb #e182ded9
-def clean(
-    text,     # what a model wrote
-) -> str:     # what a terminal may show of it
-    "Text without the codes that move a cursor or change colours."
-    return "".join(c for c in text if c.isprintable() or c in "\n\t")
-
-# %% ../nbs/21_cli.ipynb #95cd7c19
-@command
-def generate(
-    model: str = QUICK,                # model folder or run folder
-    prompt: str = "",                  # how the text begins
+def settings(
     max_tokens: int = 200,             # most new tokens
-    temperature: float = 0.8,          # 0: always the likeliest token; 1: the model as it is
     top_k: int = None,                 # draw among this many tokens
-    top_p: float = None,               # draw among the smallest set of tokens with this much probability
+    top_p: float = None,               # draw among the smallest set with this much probability
     repetition_penalty: float = 1.0,   # above 1: what has appeared becomes less likely
     seed: int = None,                  # same seed, same text
     device: str = "auto",              # auto, cpu, cuda, mps
 ):
+    "The options that `generate` and `chat` share: those of `stream`, written again so that no import delays the help."
+
+@command
+@delegates(settings)
+def generate(
+    model: str = QUICK,         # model folder or run folder
+    prompt: str = "",           # how the text begins
+    temperature: float = 0.8,   # 0: always the likeliest token; 1: the model as it is
+    **kwargs,                   # as for `settings`
+):
     "Continue a text."
-    from tiny_llm.generate import check_settings, stream
-    check_settings(temperature, top_k, top_p, repetition_penalty, max_tokens)
-    pieces = stream(*open_model(model, device), prompt, max_tokens, temperature, top_k, top_p, repetition_penalty, seed)
+    from tiny_llm.chat import clean
+    from tiny_llm.generate import sampling, stream
+    device = kwargs.pop("device", "auto")
+    options = sampling(temperature=temperature, **kwargs)    # complains before the model is opened
+    pieces = stream(*open_model(model, device), prompt, seed=kwargs.get("seed"), **options)
     try:
         for text in chain([prompt], pieces): print(clean(text), end="", flush=True)
     finally: print(flush=True)
 
-# %% ../nbs/21_cli.ipynb #b664bb06
+# %% ../nbs/21_cli.ipynb #95cd7c19
 def colourful() -> bool:
     "Whether the output may be coloured."
     return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
@@ -217,32 +225,29 @@ def line_reader():
     if sys.stdin is not None and sys.stdin.isatty():
         try: import readline                                  # gives `input` arrow keys and history
         except ImportError: return input
-        return lambda prompt: input(re.sub("(\x1b\\[[0-9;]*m)", "\x01\\1\x02", prompt))    # codes that take no room on the line
+        return lambda prompt: input(re.sub("(\x1b\\[[0-9;]*m)", "\x01\\1\x02", prompt))    # codes that take no room
+    from tiny_llm.chat import clean
     def read(prompt):
         line = sys.stdin.readline() if sys.stdin is not None else ""
         if not line: raise EOFError
-        print(prompt + line.rstrip("\n"), flush=True)
+        print(prompt + clean(line.rstrip("\n")), flush=True)
         return line
     return read
 
 @command
+@delegates(settings)
 def chat(
-    model: str = QUICK,                # model folder or run folder, fine-tuned for chat
-    system: str = None,                # instructions that stand before all turns
-    temperature: float = 0.7,          # 0: always the likeliest token
-    max_tokens: int = 200,             # longest reply
-    top_k: int = None,                 # draw among this many tokens
-    top_p: float = None,               # draw among the smallest set of tokens with this much probability
-    repetition_penalty: float = 1.0,   # above 1: what has appeared becomes less likely
-    seed: int = None,                  # same seed and same messages, same replies
-    device: str = "auto",              # auto, cpu, cuda, mps
+    model: str = QUICK,         # model folder or run folder, fine-tuned for chat
+    system: str = None,         # instructions that stand before all turns
+    temperature: float = 0.7,   # 0: always the likeliest token; 1: the model as it is
+    **kwargs,                   # as for `settings`
 ):
     "Talk with a model. Ctrl-C stops a reply, Ctrl-D leaves, /help lists the rest."
     from tiny_llm.chat import ChatSession, talk
-    from tiny_llm.generate import check_settings
-    check_settings(temperature, top_k, top_p, repetition_penalty, max_tokens)
-    session = ChatSession(*open_model(model, device), system=system, temperature=temperature, max_tokens=max_tokens, top_k=top_k,
-                          top_p=top_p, repetition_penalty=repetition_penalty, seed=seed)
+    from tiny_llm.generate import sampling
+    device = kwargs.pop("device", "auto")
+    sampling(temperature=temperature, **kwargs)              # complains before the model is opened
+    session = ChatSession(*open_model(model, device), system=system, temperature=temperature, **kwargs)
     talk(session, read=line_reader(), colour=colourful())
 
 # %% ../nbs/21_cli.ipynb #cf6c3654
@@ -259,11 +264,13 @@ def as_messages(
         more = row.get("input") or row.get("context")
         found = [dict(role="system", content=row["system"])] if row.get("system") else []
         found += [dict(role="user", content=f"{ask}\n\n{more}" if more else ask), dict(role="assistant", content=reply)]
-    if not all(isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in found) or \
-       not any(m["role"] == "assistant" for m in found):
-        raise UserError(f"{where} is no conversation; a row holds messages (a list of role and content), or instruction and response")
+    whole = all(isinstance(m, dict) and all(isinstance(m.get(k), str) for k in ("role", "content")) for m in found)
+    if not (whole and any(m["role"] == "assistant" for m in found)):
+        raise UserError(f"{where} is no conversation; a row holds messages (a list of role and content), "
+                        "or instruction and response")
     return [dict(role=m["role"], content=m["content"]) for m in found]
 
+# %% ../nbs/21_cli.ipynb #fafc438f
 def read_conversations(
     source: str,         # stories, or a .jsonl or .json file of conversations
     split: str,          # train or val; the last twentieth of a file is held out
@@ -272,19 +279,24 @@ def read_conversations(
 ) -> list:               # conversations
     "The conversations of a source."
     if source == "stories":
+        from tiny_llm.finetune import CONVERSATIONS
         from tiny_llm.talk import conversations
-        return conversations(limit or (4000 if split == "train" else 200), seed=seed, split=split)
+        n = CONVERSATIONS if split == "train" else CONVERSATIONS // 20
+        return conversations(limit or n, seed=seed, split=split)
     from tiny_llm.sources import _json_rows, _read_text
     path = Path(source).expanduser()
     if not path.is_file():
         beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise UserError(f"there is no file {source}; --data takes stories, or a .jsonl or .json file.{did_you_mean(path.name, ['stories', *beside])}")
+        near = did_you_mean(path.name, ["stories", *beside])
+        raise UserError(f"there is no file {source}; --data takes stories, or a .jsonl or .json file.{near}")
     found = [as_messages(row, f"row {n} of {path}") for n, row in enumerate(_json_rows(path, _read_text(path)), 1)]
-    if len(found) < 2: raise UserError(f"{path} holds {len(found)} conversations; at least 2 are needed, one to learn from and one held out")
+    if len(found) < 2:
+        raise UserError(f"{path} holds {len(found)} conversations; at least 2 are needed, "
+                        "one to learn from and one held out")
     cut = len(found) - -(-len(found) // 20)
     return (found[:cut] if split == "train" else found[cut:])[:limit]
 
-# %% ../nbs/21_cli.ipynb #4df83a4e
+# %% ../nbs/21_cli.ipynb #b99724f7
 @command
 def finetune(
     model: str = QUICK,       # model folder or run folder to begin with
@@ -293,12 +305,12 @@ def finetune(
     minutes: float = None,    # budget of the training; left out: 2, unless steps is given
     steps: int = None,        # number of steps, instead of minutes
     ctx: int = None,          # tokens per row; left out: the model's
-    batch: int = None,        # rows per step; left out: about 8,192 tokens
-    lr: float = None,         # learning rate at the top of the schedule
+    batch: int = None,        # rows per step; left out: what suits the device
+    lr: float = None,         # highest learning rate; left out: the best known for the optimizer
     seed: int = 0,            # of the order, and of the stories' conversations
     device: str = "auto",     # auto, cpu, cuda, mps
     resume: bool = False,     # go on with the run in out: the same line again, and --resume
-    limit: int = None,        # conversations at most
+    limit: int = None,        # conversations at most; left out: all of a file
     dtype: str = None,        # float32 or bfloat16; left out: the faster one here
     compile: bool = None,     # torch.compile; left out: where it pays
 ):
@@ -307,12 +319,13 @@ def finetune(
     from tiny_llm.run import check_settings, past_run
     check_settings(dict(minutes=minutes, steps=steps, batch=batch, ctx=ctx, lr=lr, seed=seed, limit=limit))
     past_run(Path(out), resume)
-    chats, held = (read_conversations(data, split, n, seed) for split, n in (("train", limit), ("val", limit and max(1, limit // 20))))
+    chats = read_conversations(data, "train", limit, seed)
+    held = read_conversations(data, "val", limit and max(1, limit // 20), seed)
     net, tok = open_model(model, device)
     note(f"{data}: {len(chats):,} conversations to learn from, {len(held):,} held out")
-    run = finished(fit(net, tok, chats, val=held, minutes=minutes, steps=steps, out=out, ctx=ctx, batch=batch, seed=seed, device=device,
-                       resume=resume, dtype=dtype, compile=compile, **(dict(lr=lr) if lr else {})), "the same line with --resume")
-    print(table(train_rows(run)))
+    run = fit(net, tok, chats, val=held, minutes=minutes, steps=steps, out=out, ctx=ctx, batch=batch, lr=lr, seed=seed,
+              device=device, resume=resume, dtype=dtype, compile=compile)
+    print(table(train_rows(finished(run, "the same line with --resume"))))
     return run
 
 # %% ../nbs/21_cli.ipynb #86817247
@@ -324,7 +337,7 @@ def eval_(
     n: int = 200,              # stories and requests to judge, where data is stories; 0: none
     temperature: float = 1.0,  # of the stories; requests are answered at 0
     ctx: int = None,           # tokens per row; left out: the model's
-    batch: int = None,         # rows at once; left out: about 8,192 tokens
+    batch: int = None,         # rows at once; left out: some thousand tokens
     seed: int = 0,             # of the stories
     device: str = "auto",      # auto, cpu, cuda, mps
     limit: int = None,         # documents at most
@@ -355,7 +368,8 @@ def run_folders(
     found = [p for p in (path, path/"stories", path/"chat") if (p/"metrics.jsonl").is_file()]
     if found: return found
     beside = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
-    raise UserError(f"{path} is not a run folder: it has no metrics.jsonl.{'' if path.exists() else did_you_mean(path.name, beside)}")
+    near = "" if path.exists() else did_you_mean(path.name, beside)
+    raise UserError(f"{path} is not a run folder: it has no metrics.jsonl.{near}")
 
 @command
 def plot(
@@ -382,10 +396,12 @@ def info_rows(
     n, cache = sum(parts.values()), 2 * cfg.n_layers * cfg.n_kv_heads * cfg.head_dim * 4
     work = [f"{flops_per_token(cfg, cfg.ctx, backward) / 1e6:,.2f} million" for backward in (False, True)]
     return [("parameters", f"{n:,}"), *((f"  {part}", f"{m:,}") for part, m in parts.items() if m),
-            ("shape", f"{cfg.n_layers} layers, {cfg.d_model} wide, {cfg.n_heads} heads of {cfg.head_dim} ({cfg.n_kv_heads} for keys and values), "
-                      f"feed-forward {cfg.d_ff}, vocabulary {cfg.vocab_size:,}, context {cfg.ctx:,}"),
+            ("shape", f"{cfg.n_layers} layers, {cfg.d_model} wide, {cfg.n_heads} heads of {cfg.head_dim} "
+                      f"({cfg.n_kv_heads} for keys and values), feed-forward {cfg.d_ff}, "
+                      f"vocabulary {cfg.vocab_size:,}, context {cfg.ctx:,}"),
             ("operations per token", f"{work[0]} to generate, {work[1]} to train, at full context"),
-            ("memory", f"{4 * n / 1e6:,.1f} MB of weights (float32), {16 * n / 1e6:,.1f} MB with gradients and the state of AdamW"),
+            ("memory", f"{4 * n / 1e6:,.1f} MB of weights (float32), "
+                       f"{16 * n / 1e6:,.1f} MB with gradients and the state of AdamW"),
             ("cache", f"{cache:,} bytes per token, {cache * cfg.ctx / 1e6:,.1f} MB at full context")]
 
 # %% ../nbs/21_cli.ipynb #7a700d88
@@ -401,16 +417,20 @@ def info(
     if model and preset: raise UserError("give a model or a preset, not both")
     size = dict(vocab_size=vocab_size, **(dict(ctx=ctx) if ctx else {}))
     if model:
+        from tiny_llm.folder import model_folder
         net, tok = open_model(model, "cpu")
-        rows = [("model folder", model_folder(model)), *info_rows(net.cfg), ("tokenizer", f"{len(tok):,} tokens, sha256 {tok.hash[:16]}")]
+        rows = [("model folder", model_folder(model)), *info_rows(net.cfg),
+                ("tokenizer", f"{len(tok):,} tokens, sha256 {tok.hash[:16]}")]
     elif preset: rows = [("preset", preset), *info_rows(shape(preset, **size))]
     else:
         import platform, torch
         from tiny_llm import __version__
         from tiny_llm.basics import pick_device
+        total = lambda name: sum(count_params(shape(name, **size)).values())
         rows = [("tiny_llm", __version__), ("python", platform.python_version()), ("torch", torch.__version__),
-                ("device", f"{pick_device()}, {torch.get_num_threads()} threads"), ("presets", f"at a vocabulary of {vocab_size:,}")]
-        rows += [(f"  {name}", f"{sum(count_params(shape(name, **size)).values()):>11,} parameters") for name in presets]
+                ("device", f"{pick_device()}, {torch.get_num_threads()} threads"),
+                ("presets", f"at a vocabulary of {vocab_size:,}"),
+                *((f"  {name}", f"{total(name):>11,} parameters") for name in presets)]
     print(table(rows))
 
 # %% ../nbs/21_cli.ipynb #0eb58014

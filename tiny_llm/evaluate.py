@@ -25,12 +25,15 @@ def token_nats(
     front = tok.bos if tok.bos is not None else tok.eos
     ids = [[front, *i, tok.eos] for i in tok.encode_batch(docs)]
     long = max((len(i) - 1 for i in ids), default=0)
-    if long > model.cfg.ctx: raise UserError(f"a document has {long} tokens, the model's context {model.cfg.ctx}; leave it out, for a gap is known for whole documents only")
+    if long > model.cfg.ctx:
+        raise UserError(f"a document has {long} tokens, the model's context {model.cfg.ctx}; leave it out, "
+                        "for a gap is known for whole documents only")
     out, order, was = [None] * len(ids), sorted(range(len(ids)), key=lambda i: len(ids[i])), model.training
     model.eval()
     for k in range(0, len(order), batch):
         some = order[k:k+batch]
-        rows = torch.nn.utils.rnn.pad_sequence([torch.tensor(ids[i]) for i in some], batch_first=True, padding_value=tok.eos).to(model.device)
+        rows = [torch.tensor(ids[i]) for i in some]
+        rows = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tok.eos).to(model.device)
         logits = model(rows[:, :-1]).float()
         nats = F.cross_entropy(logits.transpose(1, 2), rows[:, 1:], reduction="none").cpu()
         for i, row in zip(some, nats): out[i] = row[:len(ids[i])-1]
@@ -63,15 +66,16 @@ def gap_by_kind(
     model,      # Transformer
     tok,        # Tokenizer
     docs,       # stories, at least 2
-) -> list:      # of dicts, the largest gap first: kind, words (per story), loss, floor, gap, se (nats per story), gap_per_word (nats)
-    "What the gap is made of (equations 11.4 and 11.5)."
-    if len(docs) < 2: raise UserError(f"there are {len(docs)} stories; give at least 2, or chance cannot be told from the rest")
-    n, sums = len(docs), defaultdict(lambda: torch.zeros(3, len(docs), dtype=torch.float64))   # kind -> (words, loss, floor) by story
+) -> list:      # of dicts, the largest gap first; nats per story, but for gap_per_word: nats
+    "What the gap is made of (equations 11.4 and 11.5): kind, words, loss, floor, gap, se, gap_per_word."
+    n = len(docs)
+    if n < 2: raise UserError(f"there are {n} stories; give at least 2, or chance cannot be told from the rest")
+    sums = defaultdict(lambda: torch.zeros(3, n, dtype=torch.float64))   # kind -> (words, loss, floor) by story
     for d, row in enumerate(units(model, tok, docs)):
         for _, _, kind, loss, floor in row: sums[kind][:, d] += torch.tensor([1, loss, floor], dtype=torch.float64)
     rows = []
-    for kind, (count, loss, floor) in sums.items():
-        gap = loss - floor
-        rows.append(dict(kind=kind, words=count.sum().item() / n, loss=loss.sum().item() / n, floor=floor.sum().item() / n,
-                         gap=gap.sum().item() / n, se=gap.std().item() / n**0.5, gap_per_word=(gap.sum() / count.sum()).item()))
+    for kind, by_story in sums.items():
+        gaps, (words, loss, floor) = by_story[1] - by_story[2], (by_story.sum(1) / n).tolist()
+        rows.append(dict(kind=kind, words=words, loss=loss, floor=floor, gap=loss - floor,
+                         se=gaps.std().item() / n**0.5, gap_per_word=(loss - floor) / words))
     return sorted(rows, key=lambda r: -r["gap"])

@@ -7,12 +7,13 @@ __all__ = ['PATTERN', 'SPECIALS', 'ENDS', 'CHAT_TEMPLATE', 'TINTS', 'Tokenizer',
 
 # %% ../nbs/07_tokenizer.ipynb #39010c24
 import html, json, re, warnings
+from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
 import tokenizers
 from fastcore.basics import patch
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
-from .basics import UserError, sha256, write_file
+from .basics import UserError, read_json, sha256, write_file
 
 # %% ../nbs/07_tokenizer.ipynb #8c6bca42
 PATTERN = (r"(?i:'(?:[sdmt]|ll|ve|re))"             # English contractions: 's 't 'll
@@ -55,7 +56,7 @@ class Tokenizer:
         self.bos, self.eos, self.pad = (self.vocab.get(self.named[f"{k}_token"]) for k in ("bos", "eos", "pad"))
         ends = (t for t in ENDS if t in self.specials and t in (self.template or ""))
         self.end = self.vocab.get(next(ends, self.named["eos_token"]))  # ends a turn of a chat
-        self._size = 1 + max(self.vocab.values())
+        self._size = 1 + max(self.vocab.values(), default=-1)
 
     def _guess(self):
         "Which tokens begin and end a document, for vocabularies that come without a word about it."
@@ -110,12 +111,12 @@ def encode_batch(self: Tokenizer,
 
 @patch
 def decode(self: Tokenizer,
-    ids,                    # list of ids, a tensor or array (T,), or one id
+    ids,                    # ids (any iterable), a tensor or array (T,), or one id
     special: bool = True,   # False: leave special tokens out
 ) -> str:                   # text
     "The text of some ids; bytes that are no UTF-8 show as U+FFFD."
     if hasattr(ids, "tolist"): ids = ids.tolist()
-    if isinstance(ids, int): ids = [ids]
+    ids = [ids] if isinstance(ids, int) else list(ids)
     if ids and not (0 <= min(ids) and max(ids) < len(self)):
         wrong = next(i for i in ids if not 0 <= i < len(self))
         raise UserError(f"id {wrong} is not in this vocabulary of {len(self)} tokens; were the ids made by "
@@ -130,6 +131,7 @@ def train_tokenizer(
 ) -> Tokenizer:
     "Learn a byte-level BPE vocabulary. A corpus too small for it gives a smaller one, with a warning."
     floor = len(SPECIALS) + 256
+    if not isinstance(vocab_size, int): raise UserError(f"vocab_size is {vocab_size!r}; give a whole number.")
     if vocab_size < floor:
         raise UserError(f"vocab_size {vocab_size} is too small: {len(SPECIALS)} special tokens and 256 bytes "
                         f"need {floor}.")
@@ -183,13 +185,14 @@ def show(self: Tokenizer,
 # %% ../nbs/07_tokenizer.ipynb #134a9aee
 @lru_cache
 def _jinja(source):
-    "A compiled chat template, in the same closed room in which transformers compiles it."
+    "A compiled chat template, in a closed room with the functions that transformers offers to it."
     from jinja2.ext import loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
     def refuse(message): raise UserError(str(message))
     room = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
     room.filters["tojson"] = lambda x, **kw: json.dumps(x, ensure_ascii=False, **kw)
     room.globals["raise_exception"] = refuse
+    room.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     # `generation` is a mark of transformers' own
     source = re.sub(r"(\{%[-+]?\s*)generation(\s*[-+]?%\})", r"\1if true\2", source)
     return room.from_string(re.sub(r"(\{%[-+]?\s*)endgeneration(\s*[-+]?%\})", r"\1endif\2", source))
@@ -222,11 +225,12 @@ def chat_text(self: Tokenizer,
     _check_messages(messages)
     if self.template is None:
         raise UserError("this tokenizer has no chat template; use one that has, or train_tokenizer.")
-    from jinja2 import TemplateError
     messages = [{**m, "content": _plain(m["content"], self.specials)} for m in messages]
     named = {k: v or "" for k, v in self.named.items()}
     try: return _jinja(self.template).render(messages=messages, add_generation_prompt=reply, **named)
-    except TemplateError as e: raise UserError(f"the chat template cannot write these messages: {e}.") from None
+    except UserError: raise
+    except Exception as e:  # a template is a program: what it raises is its own fault
+        raise UserError(f"the chat template cannot write these messages ({type(e).__name__}: {e}).") from None
 
 # %% ../nbs/07_tokenizer.ipynb #fcb5e6c7
 @patch
@@ -277,11 +281,15 @@ def load(cls: Tokenizer,
     if not file.is_file(): raise UserError(f"{file} does not exist; name a folder that holds a tokenizer.json.")
     try: tk = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
     except Exception as e: raise UserError(f"{file} is no tokenizer.json that can be read ({e}).") from None
-    config, jinja = file.parent/"tokenizer_config.json", file.parent/"chat_template.jinja"
-    try: config = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
-    except ValueError as e: raise UserError(f"{config} is no JSON ({e}).") from None
-    template = jinja.read_text(encoding="utf-8") if jinja.is_file() else config.get("chat_template")
-    if isinstance(template, list): template = {t["name"]: t["template"] for t in template}.get("default")
+    beside, jinja = file.parent/"tokenizer_config.json", file.parent/"chat_template.jinja"
+    config = read_json(beside) if beside.is_file() else {}
+    try: template = jinja.read_text(encoding="utf-8") if jinja.is_file() else config.get("chat_template")
+    except (OSError, ValueError) as e: raise UserError(f"{jinja} cannot be read ({e}); copy it again.") from None
+    if isinstance(template, list) and all(isinstance(t, dict) for t in template):
+        template = next((t.get("template") for t in template if t.get("name") == "default"), None)
     text = lambda t: t.get("content") if isinstance(t, dict) else t
     named = {k: text(config[k]) for k in ("bos_token", "eos_token", "pad_token") if config.get(k)}
+    for name, t in dict(chat_template=template, **named).items():
+        if not isinstance(t, str | None):
+            raise UserError(f"{name} in {beside} holds {type(t).__name__}, not text; copy the file again.")
     return cls(tk, template, named)

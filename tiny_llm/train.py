@@ -18,8 +18,9 @@ from .model import Transformer, count_params, n_params, preset, presets
 from .data import Batch, Batches, Tokens, tokenize
 from .sources import documents
 from .optim import clip_gradients, make_optimizer, schedule
-from .run import (Clock, Progress, Run, as_dtype, can_compile, compiled, disk_errors, past_run, read_checkpoint, read_metrics, settle,
-                          stop_requests, swap_in, sweep, write_checkpoint)
+from .folder import swap_in
+from .run import (Clock, Progress, Run, as_dtype, can_compile, check_settings, compiled, disk_errors, past_run, read_checkpoint,
+                          read_metrics, settle, stop_requests, sweep, write_checkpoint, write_sealed)
 
 # %% ../nbs/10_train.ipynb #13de7efb
 def loss_of(
@@ -34,7 +35,7 @@ def loss_of(
 # %% ../nbs/10_train.ipynb #6daa1c78
 def story_nats(
     docs,  # documents
-):         # their -log q in all, nats; None unless every document carries `nats`
+):         # their -log p in all, nats; None unless every document carries `nats`
     "What a perfect model would need for these documents (equation 10.3, above the line)."
     docs = docs if isinstance(docs, list) else []
     return sum(d.nats for d in docs) if docs and all(hasattr(d, "nats") for d in docs) else None
@@ -50,7 +51,9 @@ def evaluate_loss(
     dtype=torch.float32,  # of the products
 ) -> dict:                # nats_per_token, bits_per_byte, floor_nats_per_token, floor_bits_per_byte, gap, tokens, bytes
     "The loss on documents packed whole, where none sees another. Without a floor its three entries are None."
+    check_settings(dict(batch=batch, ctx=ctx))
     if isinstance(docs, (str, Path)): docs = documents(docs, split="val")
+    if not isinstance(docs, Tokens): docs = list(docs)
     tokens = docs if isinstance(docs, Tokens) else tokenize(docs, tok)
     if tokens.hash != tok.hash: raise UserError("these tokens were made with another tokenizer; tokenize the documents again")
     ctx, was = ctx or model.cfg.ctx, model.training
@@ -61,6 +64,7 @@ def evaluate_loss(
         nats += loss_of(model, b.to(model.device), dtype).item() * here
         count += here
     model.train(was)
+    if not count: raise UserError("nothing in these documents counts: all loss weights are 0")
     least = floor * count if floor is not None else story_nats(docs)
     per_byte = lambda n: bits_per_byte(n, tokens.n_bytes) if tokens.n_bytes and n is not None and tokens.weights is None else None
     return dict(nats_per_token=nats / count, bits_per_byte=per_byte(nats), floor_nats_per_token=least and least / count,
@@ -208,7 +212,8 @@ def corpora(
     cap,    # tokens at most of validation documents that were not given as Tokens
 ):          # (Tokens to train on, Tokens to evaluate on or None, their floor in nats per token or None)
     "What to train on and what to hold out. Documents given without `val` are split as `documents` splits a list."
-    named, pairs = isinstance(docs, (str, Path)), not isinstance(docs, (str, Path, Tokens)) and len(docs) and not isinstance(docs[0], str)
+    if not isinstance(docs, (str, Path, Tokens)): docs = list(docs)
+    pairs = isinstance(docs, list) and docs and not isinstance(docs[0], str)
     if isinstance(val, (str, Path)): val = documents(val, "val")
     elif val is None and pairs: docs, val = docs[max(1, len(docs) // 20):], docs[:max(1, len(docs) // 20)]
     elif val is None and not isinstance(docs, Tokens): docs, val = (documents(docs, split) for split in ("train", "val"))
@@ -267,7 +272,7 @@ def finish(self: Training,
         with warnings.catch_warnings(): warnings.simplefilter("ignore"); fig.savefig(png, format="png")   # letters that the font lacks
         plt.close(fig)
         write_file(self.folder/"plots.png", png.getvalue())
-        write_file(self.folder/"summary.json", json.dumps(summary, indent=1))
+        write_sealed(self.folder/"summary.json", summary)
     return run
 
 # %% ../nbs/10_train.ipynb #d9683176
@@ -297,9 +302,9 @@ def begin(self: Training,
         if now["data"]["sha256"] != past["data"]["sha256"]:
             raise UserError(f"the text is not the one that the run in {self.folder} was started with ({past['data']['documents']:,} documents, {past['data']['bytes']:,} bytes)")
         self.restore()
-    elif self.folder: write_file(self.folder/"config.json", json.dumps(now, indent=1))
+    elif self.folder: write_sealed(self.folder/"config.json", now)
     self.prepare()
-    if self.folder and not past: write_file(self.folder/"config.json", json.dumps(self.config(source), indent=1))
+    if self.folder and not past: write_sealed(self.folder/"config.json", self.config(source))
 
 # %% ../nbs/10_train.ipynb #a27c5544
 def run_steps(
@@ -362,6 +367,7 @@ def train(
     quiet: bool = False,          # no bar and no lines
 ) -> Run:
     "Train a model within a budget; what it measures and saves is described by `Run`."
+    check_settings(dict(log_every=log_every, eval_every=eval_every, save_every=save_every, stop_at=stop_at))
     clock, folder, device = Clock(), out and Path(out), pick_device(device)
     past = past_run(folder, resume) or dict(settings=None, data={})
     s = settle(dict(minutes=minutes, steps=steps, batch=batch, ctx=ctx, lr=lr, optimizer=optimizer, weight_decay=weight_decay, warmup=warmup,
