@@ -138,8 +138,8 @@ def save(
 def _verify(folder):
     "UserError if a file is missing or is not the one that SHA256SUMS describes."
     if not (folder/SUMS).is_file(): return
-    text = (folder/SUMS).read_text(encoding="utf-8", errors="replace")
-    lines = [re.fullmatch(r"([0-9a-f]{64}) [ *](?:.*/)?(.+)", line) for line in text.splitlines()]
+    text = (folder/SUMS).read_bytes().decode(errors="replace").removesuffix("\n")
+    lines = [re.fullmatch(r"([0-9a-f]{64}) [ *](?:.*/)?(.+)", line) for line in text.split("\n")]
     named = {m[2] for m in lines if m}
     enough = {"config.json", "tokenizer.json"} <= named and any(n.endswith(".safetensors") for n in named)
     if not all(lines) or not enough:

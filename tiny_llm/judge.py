@@ -19,8 +19,8 @@ class Fault(Exception):
     "The text leaves the world here."
     def __init__(self, at, kind, what): self.at, self.kind, self.what = at, kind, what
 
-GROUPS = {"name": "name", "girl": "name", "boy": "name", "colour": "colour", "place": "place", "home": "place", "spot": "place", "trap": "place",
-          "thing": "object", "toy": "object", "clothing": "object", "tool": "object", "food": "object", "ingredient": "object", "dish": "object",
+GROUPS = {"name": "name", "girl": "name", "boy": "name", "colour": "colour", "place": "place", "home": "place", "spot": "place", "land": "place",
+          "thing": "object", "toy": "object", "clothing": "object", "tool": "object", "food": "object",
           "animal": "animal"}  # other kinds of word are details
 
 @lru_cache(None)

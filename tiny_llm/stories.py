@@ -94,13 +94,9 @@ words("place", """mill market school library station church museum bakery lighth
     tower windmill airport theater hospital stadium factory shipyard fountain playground""")
 words("home", """cottage cabin farmhouse tent castle hut mansion bungalow treehouse caravan houseboat
     apartment burrow barn""")
-words("spot", """under the bed, behind the curtain, inside the cupboard, on the roof, beside the stove, under
-    the stairs, in the attic, behind the shed, near the well, under the table, in the cellar, behind the oak,
-    in the grass, under the bench, inside the wardrobe, behind the sofa, in the drawer, beside the fence,
-    under the porch, in the hay, behind the piano, inside the barrel, on the shelf, under the rug, in the
-    garden, behind the door, beside the gate, in the kitchen, inside the chest, on the windowsill, in the
-    hallway, behind the bookcase, under the desk, beside the fireplace, in the closet, behind the statue""",
-    sep=",")
+words("spot", """attic cellar cupboard wardrobe drawer barrel hay garden kitchen chest hallway closet stable garage
+    pantry trunk crate oven sink bathtub nest pot backpack suitcase hamper bin cabinet pocket cradle dollhouse
+    fireplace mailbox laundry greenhouse henhouse bookcase""")
 
 # %% ../nbs/06_stories.ipynb #83571952
 words("family", "mother father grandmother grandfather aunt uncle sister brother cousin")
@@ -218,12 +214,12 @@ def lost(t):
     t.say("{a} looked everywhere, but the {c} {x} was gone.", "{a} searched all {time:ti}, but found no {c} {x}.")
     t.say("Then {a.his} friend {name:b} came by.", "{a} asked {a.his} friend {name:b} for help.")
     t.say('"Have you seen my {c} {x}?" asked {a}.', '"I cannot find my {c} {x}," said {a}.')
-    t.say('"I saw the {c} {x} {spot:q}," said {b}.', '"Did you look {spot:q}?" asked {b} {manner:m}.')
-    t.say("{a} {moved:v} home and found the {c} {x} {q}.", "Together they looked {q}, and there was the {c} {x}!")
+    t.say('"I saw the {c} {x} in the {spot:q}," said {b}.', '"Did you look in the {spot:q}?" asked {b} {manner:m}.')
+    t.say("{a} {moved:v} home and found the {c} {x} in the {q}.", "Together they looked in the {q}, and there was the {c} {x}!")
     t.say('"Thank you, {b}!" said {a}.', "{a} hugged {b} and was {happy:g} again.")
     t.fact("What did {a} lose?", "{a} lost {c.a} {x}.")
     t.fact("Who helped {a}?", "{b} helped {a}.")
-    t.fact("Where was the {x}?", "The {x} was {q}.")
+    t.fact("Where was the {x}?", "The {x} was in the {q}.")
     t.fact("What colour was the {x}?", "The {x} was {c}.")
 
 # %% ../nbs/06_stories.ipynb #34f20050
@@ -269,33 +265,31 @@ def promise(t):
     t.fact("Did {a} keep the promise?", ("Yes, {a} kept the promise.", "No, {a} forgot the promise.")[i])
 
 def trade(t):
-    "Two things change hands, or do not; later it matters who has what."
+    "Two things change hands; afterwards it matters who has what."
     t.say('"Shall we trade?" asked {b}.', '"I like your {x}," said {b}. "Let us trade!"')
-    i = t.say("{a} thought for a while and said yes.", "{a} shook {a.his} head and said no.")
-    if i == 0: t.say("{a} gave {b} the {x}, and {b} gave {a} the {y}.", "So {b} took the {x} and {a} took the {y}.")
-    else: t.say("So {a} kept the {x} and {b} kept the {y}.", '"I love my {x} too much," said {a}.')
-    t.bind(u="yx"[i], v="xy"[i])
-    t.say("That {time:ti} {a} played with the {u}.", "{b} went home with the {v}, and {a} went home with the {u}.")
-    t.say("{a} put the {u} {spot:s} and went to sleep.", "Before bed {a} put the {u} {spot:s}.")
-    t.fact("Who had the {x} at the end?", ("{b} had the {x}.", "{a} had the {x}.")[i])
-    t.fact("Who had the {y} at the end?", ("{a} had the {y}.", "{b} had the {y}.")[i])
-    t.fact("Where did {a} put the {u}?", "{a} put the {u} {s}.")
+    t.say("{a} thought for a while and said yes.", '"That is a good idea," said {a} {manner:m}.')
+    t.say("{a} gave {b} the {x}, and {b} gave {a} the {y}.", "So {b} took the {x} and {a} took the {y}.")
+    t.say("That {time:ti} {a} played with the {y}.", "{b} went home with the {x}, and {a} went home with the {y}.")
+    t.say("{a} put the {y} in the {spot:s} and went to sleep.", "Before bed {a} put the {y} in the {spot:s}.")
+    t.fact("Who had the {x} at the end?", "{b} had the {x}.")
+    t.fact("Who had the {y} at the end?", "{a} had the {y}.")
+    t.fact("Where did {a} put the {y}?", "{a} put the {y} in the {s}.")
 
 # %% ../nbs/06_stories.ipynb #01556f9e
 def visit(t):
     "A visitor moves a thing, or leaves it where it is."
     t.say("While {a} was at the {place:h}, {a.his} friend {name:b} came in.", "Soon {a.his} friend {name:b} came in to {game:u}.")
-    i = t.say("{b} took the {c} {x} and put it {spot:r}.", "{b} saw the {c} {x}, but did not touch it.")
+    i = t.say("{b} took the {c} {x} and put it in the {spot:r}.", "{b} saw the {c} {x}, but did not touch it.")
     if i == 0:
-        t.say("{a} came home and looked {s}, but the {c} {x} was gone.", "When {a} came home, the {c} {x} was not {s} anymore.")
+        t.say("{a} came home and looked in the {s}, but the {c} {x} was gone.", "When {a} came home, the {c} {x} was not in the {s} anymore.")
         t.say('"Where is my {c} {x}?" asked {a}. {a.He} was {angry:f}.', '"Somebody took my {c} {x}," said {a} {manner:m}.')
-        t.say('"I put it {r}," said {b}.', '"Look {r}," said {b}. "I wanted to keep it safe."')
+        t.say('"I put it in the {r}," said {b}.', '"Look in the {r}," said {b}. "I wanted to keep it safe."')
     else:
-        t.say("{a} came home and looked {s}, and the {c} {x} was still there.", "When {a} came home, the {c} {x} was still {s}.")
+        t.say("{a} came home and looked in the {s}, and the {c} {x} was still there.", "When {a} came home, the {c} {x} was still in the {s}.")
         t.say('"You have a lovely {x}," said {b}.', '"I was {scared:f} to touch it," said {b}.')
     t.bind(z="rs"[i])
     t.say("They took the {c} {x} and went out to {game:w}.", "{a} let {b} hold the {c} {x} for {number:n} minutes.")
-    t.fact("Where was the {x} when {a} came back?", "The {x} was {z}.")
+    t.fact("Where was the {x} when {a} came back?", "The {x} was in the {z}.")
     t.fact("Who came to visit?", "{b} came to visit.")
     t.fact("What colour was the {x}?", "The {x} was {c}.")
 
@@ -306,7 +300,7 @@ PLOTS = [  # what it is about, first sentence, the rest; WEIGHTS: how often
     ("a quarrel",    "{a} and {a.his} friend {name:b} both wanted the {colour:c} {thing:x}.", quarrel),
     ("a promise",    "One {day:d} {a} promised {a.his} {family:e} to bring home some {food:x}.", promise),
     ("a trade",      "{a} had {thing:x.a}, and {a.his} friend {name:b} had {thing:y.a}.", trade),
-    ("a visit",      "One {season:se} day {a} put {a.his} {colour:c} {thing:x} {spot:s} and went out.", visit),
+    ("a visit",      "One {season:se} day {a} put {a.his} {colour:c} {thing:x} in the {spot:s} and went out.", visit),
 ]
 WEIGHTS = (4, 4, 4, 4, 5, 5)
 

@@ -65,7 +65,7 @@ def request(t, rng):
 @lru_cache(None)
 def request_pattern(line):
     "The roles of a request and a regular expression that finds their words."
-    kinds = dict(a="name", b="name", tr="trait", pl="place", c="colour", thing="thing")
+    kinds = dict(a="name", b="name", tr="trait", pl="land", c="colour", thing="thing")
     known = {role: WORDS[kind] for role, kind in kinds.items()} | dict(hero=HEROES.values(), topic=TOPICS.values())
     def choice(role, form): return f"{'(?:an? )?' if form else ''}({'|'.join(w.text for w in known[role])})"
     regex = "".join(re.escape(p) if isinstance(p, str) else choice(p[1], p[2]) for p in parts(line))
