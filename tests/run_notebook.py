@@ -38,10 +38,10 @@ def directives(source):
 
 
 def code_hash(nb, flag=None):
-    "sha256 of the code cells, or of those that option `flag` lets run; directive lines (captions, labels) do not count."
+    "sha256 of the code cells, or of those down to the last that option `flag` lets run, which feed it; directive lines do not count."
     wanted = set(FLAGS[flag].split()) if flag else set()
     cells = [text(c["source"]) for c in nb["cells"] if c["cell_type"] == "code"]
-    if flag: cells = [c for c in cells if wanted & directives(c).keys()]
+    if flag: cells = cells[:max(i for i, c in enumerate(cells) if wanted & directives(c).keys()) + 1]
     lines = [[l.rstrip() for l in c.splitlines() if l.strip() and not re.match(r"\s*#\s*\|", l)] for c in cells]
     return sha256(json.dumps([l for l in lines if l]).encode()).hexdigest()
 
@@ -52,7 +52,8 @@ def stale(nb):
     if stamp.get("code_sha256") != code_hash(nb): return "the code changed since the outputs were stored"
     for flag in FLAGS:
         if any(set(FLAGS[flag].split()) & directives(c["source"]).keys() for c in nb["cells"] if c["cell_type"] == "code"):
-            if stamp.get(f"{flag}_sha256") != code_hash(nb, flag): return f"cells marked {FLAGS[flag]} changed: run with --{flag}"
+            if stamp.get(f"{flag}_sha256") != code_hash(nb, flag):
+                return f"cells marked {FLAGS[flag]} changed, or one above them: run with --{flag}"
     return ""
 
 

@@ -56,6 +56,11 @@ def test_a_caption_is_not_code_and_a_change_is():
     assert same == run_notebook.code_hash(nb("#| fig-cap: two\n\nx = 1")) != run_notebook.code_hash(nb("x = 2"))
 
 
+def test_a_change_above_a_slow_cell_makes_its_output_stale():
+    def slow(*codes): return run_notebook.code_hash({"cells": [{"cell_type": "code", "source": c} for c in codes]}, "slow")
+    assert slow("x = 1", "#| slow\nx", "y = 1") == slow("x = 1", "#| slow\nx", "y = 2") != slow("x = 2", "#| slow\nx", "y = 1")
+
+
 def test_a_notebook_that_fails_is_left_as_it_was(place):
     path = write(place/"nbs"/"bad.ipynb", ["1/0"])
     before = path.read_bytes()

@@ -15,7 +15,7 @@ from inspect import getdoc, signature
 from itertools import chain
 from pathlib import Path
 from fastcore.meta import delegates
-from .basics import UserError, did_you_mean, note, write_file
+from .basics import UserError, did_you_mean, note, pick_device, write_file
 from .quickstart import QUICK, finished, judged_rows, loss_rows, clock, open_model, table, vocabulary
 
 # %% ../nbs/21_cli.ipynb #46f6cef4
@@ -425,7 +425,6 @@ def info(
     else:
         import platform, torch
         from tiny_llm import __version__
-        from tiny_llm.basics import pick_device
         total = lambda name: sum(count_params(shape(name, **size)).values())
         rows = [("tiny_llm", __version__), ("python", platform.python_version()), ("torch", torch.__version__),
                 ("device", f"{pick_device()}, {torch.get_num_threads()} threads"),

@@ -57,7 +57,7 @@ presets = {
     "nano":  dict(d_model=96,  n_layers=3,  n_heads=3,  ctx=256),
     "mini":  dict(d_model=128, n_layers=3,  n_heads=4,  ctx=512),
     "quick": dict(d_model=128, n_layers=4,  n_heads=4,  ctx=512),
-    "story": dict(d_model=256, n_layers=2,  n_heads=4,  ctx=512),
+    "story": dict(d_model=256, n_layers=2,  n_heads=8,  ctx=512),
     "small": dict(d_model=256, n_layers=6,  n_heads=8,  n_kv_heads=4, ctx=512),
     "base":  dict(d_model=512, n_layers=8,  n_heads=8,  n_kv_heads=4, ctx=1024),
     "large": dict(d_model=768, n_layers=12, n_heads=12, n_kv_heads=4, ctx=1024),

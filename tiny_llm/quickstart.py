@@ -64,14 +64,14 @@ def open_model(
 
 # %% ../nbs/20b_quickstart.ipynb #dd762e73
 RECIPE = dict(
-    preset="story", vocab_size=2048,
+    preset="story", vocab_size=2560,   # the second: enough that nearly every word of the stories is one token
     ctx=512,                      # tokens; a story, and a conversation with its reply, must fit
-    stories_per_minute=12_000,    # of training
-    share=0.55,                   # of the minutes, for training on stories
-    train=dict(optimizer="muon", lr=0.02, batch=6, ctx=384, decay="constant"),  # the rate falls in the second part
-    chats_per_minute=5_000,       # of fine-tuning
-    replay=0.5,                   # stories per conversation, mixed in against forgetting
-    finetune=dict(optimizer="muon", lr=0.02, batch=6, ctx=384),
+    stories_per_minute=9_000,     # of training
+    share=0.45,                   # of the minutes, for training on stories
+    train=dict(optimizer="muon", lr=0.02, batch=5, ctx=320, decay="constant"),  # the rate falls in the second part
+    chats_per_minute=6_000,       # of fine-tuning
+    replay=0.25,                  # stories per conversation, mixed in against forgetting
+    finetune=dict(optimizer="muon", lr=0.02, batch=5, ctx=320),
     held_out=400,                 # stories, and conversations, for validation
     judged=200,                   # stories, and requests, for the report card
 )

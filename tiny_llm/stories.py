@@ -201,7 +201,6 @@ def opening(t):
     t.say("{trait:tr.a} girl named {girl:a}.", "{trait:tr.a} boy named {boy:a}.", "{trait:tr.a} {animal:ki} named {name:a}.")
     t.say("{a} lived in {home:ho.a} near the {land:pl}.", "{a.His} home was {home:ho.a} by the {land:pl}.")
     t.fact("Who is the story about?", "The story is about {a}.")
-    t.fact("Where did {a} live?", "{a} lived in {ho.a}.")
 
 def closing(t):
     "How a story ends."
@@ -233,7 +232,6 @@ def gift(t):
     t.say('"Thank you, {a}!" said {b}.', "{b} was {happy:g} all day.")
     t.fact("What did {a} give to {b}?", "{a} gave {b} {c.a} {x}.")
     t.fact("Whose birthday was it?", "It was the birthday of {b}.")
-    t.fact("Where did {a} meet {b}?", "{a} met {b} at the {q}.")
 
 def quarrel(t):
     "Two friends want one thing; who breaks it says sorry."
@@ -245,7 +243,6 @@ def quarrel(t):
     t.say("They mended the {c} {x} with {tool:o.a}.", "The {family:e} of {w} mended the {c} {x} with {tool:o.a}.")
     t.fact("Who said sorry?", "{w} said sorry.")
     t.fact("What broke?", "The {c} {x} broke.")
-    t.fact("How did {w} feel?", "{w} was {f}.")
 
 # %% ../nbs/06_stories.ipynb #00b700d5
 def promise(t):

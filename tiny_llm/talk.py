@@ -20,7 +20,7 @@ REQUESTS = (
     "Please tell me a story about {tr.a} {hero} named {a}.",
     "Write a story about {topic}.",
     "I would like a story about {a} and {topic}.",
-    "Can you tell me a story about {a}, who lives near the {pl}?",
+    "Can you tell me a story about {a}?",
     "Tell me a story about {a} and {b}.",
     "Please write a story with {b} in it.",
     "Make up a story about {topic} with {a} and {b}.",
@@ -113,7 +113,7 @@ def conversation(rng, tellers):
     for _ in range(2 if rng.random() < 0.1 else 1):
         t = next(tellers)
         chat += [dict(role="user", content=request(t, rng)), dict(role="assistant", content=t.text)]
-        for q, a in rng.sample(t.facts, rng.choice((0, 1, 1, 2))):
+        for q, a in rng.sample(t.facts, rng.choice((1, 2, 2, 3))):
             chat += [dict(role="user", content=t.render(q)), dict(role="assistant", content=t.render(a))]
     return chat + (exchange(rng, (4, 4, 5)) if rng.random() < 0.2 else [])
 

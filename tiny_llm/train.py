@@ -101,6 +101,7 @@ class Training:
         clock=None,      # Clock, or None
     ):
         s = self.settings = settings
+        tokens.require(s["ctx"])
         self.model, self.tok, self.folder, self.val, self.floor = model, tok, folder, val, floor
         self.clock = clock or Clock(steps=1)
         self.step = self.tokens = self.best_step = 0    # steps done; predictions learnt from
@@ -368,14 +369,13 @@ def train(
 ) -> Run:
     "Train a model within a budget; what it measures and saves is described by `Run`."
     check_settings(dict(log_every=log_every, eval_every=eval_every, save_every=save_every, stop_at=stop_at))
-    clock, folder, device = Clock(), out and Path(out), pick_device(device)
+    began, folder, device = time.perf_counter(), out and Path(out), pick_device(device)
     past = past_run(folder, resume) or dict(settings=None, data={})
     s = settle(dict(minutes=minutes, steps=steps, batch=batch, ctx=ctx, lr=lr, optimizer=optimizer, weight_decay=weight_decay, warmup=warmup,
                     decay=decay, clip=clip, seed=seed, dtype=dtype, compile=compile), past["settings"], model, folder, device)
     if docs is None: docs = past["data"].get("source") or "stories"
     tokens, held, least = corpora(docs, val, tok, cap=min(65536, max(4096, int((s["minutes"] or 2) * 8_000))))
-    tokens.require(s["ctx"]); clock.budget, clock.steps = s["minutes"] and 60 * s["minutes"], s["steps"]
-    t = Training(model.to(device), tok, tokens, s, folder, held, least if floor is None else floor, clock)
+    t = Training(model.to(device), tok, tokens, s, folder, held, least if floor is None else floor, Clock(s["minutes"], s["steps"], began))
     with disk_errors(folder):
         t.begin(str(docs) if isinstance(docs, (str, Path)) else None, past["settings"] and past)
         return t.finish(run_steps(t, dict(log=log_every, eval=eval_every, save=save_every), stop_at, quiet))
