@@ -29,8 +29,8 @@ def write(model, file, specials=("<|im_start|>", "<|im_end|>")):
     shown |= {b: chr(256 + i) for i, b in enumerate(b for b in range(256) if b not in shown)}
     for name, value in dict(context_length=c.ctx, embedding_length=c.d_model, block_count=c.n_layers, feed_forward_length=c.d_ff, head_count=c.n_heads,
                             head_count_kv=c.n_kv_heads, layer_norm_rms_eps=c.norm_eps, rope_freq_base=c.rope_base, rope_dimension_count=c.head_dim,
-                            tokenizer_model="gpt2", tokenizer_pre="gpt-2", token_list=[*specials, *(shown[b] for b in range(256))],
-                            token_types=[3]*len(specials) + [1]*256, token_merges=["a b"], bos_token_id=0, eos_token_id=1, chat_template=CHATML).items():
+                            tokenizer_model="gpt2", tokenizer_pre="gpt-2", token_list=[*specials, *(shown[b] for b in range(256)), "ab"],
+                            token_types=[3]*len(specials) + [1]*257, token_merges=["a b"], bos_token_id=0, eos_token_id=1, chat_template=CHATML).items():
         getattr(out, f"add_{name}")(value)
     for name, w in hf_views(model).items():
         name, w = name.removesuffix(".weight"), w.detach()
@@ -44,13 +44,13 @@ def write(model, file, specials=("<|im_start|>", "<|im_end|>")):
 @pytest.fixture
 def small():
     torch.manual_seed(0)
-    return tl.Transformer(tl.ModelConfig(vocab_size=258, ctx=64, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, qk_norm=False)).eval()
+    return tl.Transformer(tl.ModelConfig(vocab_size=259, ctx=64, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, qk_norm=False)).eval()
 
 
 def test_load_opens_a_gguf_file(small, tmp_path):
     pytest.importorskip("gguf")
     model, tok = tl.load(write(small, tmp_path/"small.gguf"), "cpu")
-    ids = torch.randint(258, (2, 64))
+    ids = torch.randint(259, (2, 64))
     with torch.no_grad(): assert torch.equal(model(ids), small(ids))
     assert tok.encode("abé <|im_end|>").count(1) == 0 and tok.decode(tok.encode("abé <|im_end|>")) == "abé <|im_end|>"
     ids, weights = tok.chat([dict(role="user", content="Hi"), dict(role="assistant", content="Yes")])
@@ -105,7 +105,7 @@ def test_smollm2_answers():
     try: file = smollm2()
     except UserError as e: pytest.skip(str(e))
     model, tok = tl.load(file, "cpu")
-    for question, want in {"What is the capital of France?": "Paris", "What do bees make?": "honey", "Name the largest planet of our solar system.": "Jupiter"}.items():
+    for question, want in {"What is the capital of France?": "Paris", "What do cows eat?": "grass", "What is ice made of?": "water"}.items():
         ids, cache = tok.chat([dict(role="user", content=question)], reply=True)[0], model.cache(size=200)
         x, answer = torch.tensor([ids]), []
         with torch.no_grad():

@@ -377,15 +377,15 @@ def info_rows(
     cfg,     # ModelConfig
 ) -> list:   # rows for `table`
     "What a model of this shape consists of, and what it costs."
-    from tiny_llm.model import count_params, counted_flops, flops_per_token, inference_memory, training_memory
+    from tiny_llm.model import count_params, counted_flops, flops_per_token, inference_memory, n_params, on_meta, training_memory
     parts, train = count_params(cfg), training_memory(cfg)
     n, size = sum(parts.values()), lambda b: f"{b / 1e9:,.1f} GB" if b >= 1e9 else f"{b / 1e6:,.1f} MB"
     use = [{what: size(b) for what, b in inference_memory(cfg, size=bytes_).items()} for bytes_ in (4, 2)]
     work = [flops_per_token(cfg, cfg.ctx, backward) / 1e6 for backward in (False, True)]
-    forward, backward = counted_flops(cfg, cfg.ctx)
+    forward, backward = counted_flops(cfg, cfg.ctx, whole=False)
     seen = [forward / cfg.ctx / 1e6, (forward + backward) / cfg.ctx / 1e6]
     millions = lambda pair: f"{pair[0]:,.2f} million to generate, {pair[1]:,.2f} million to train"
-    return [("parameters", f"{n:,}"), *((f"  {part}", f"{m:,}") for part, m in parts.items() if m),
+    return [("parameters", f"{n:,} by the formula, {n_params(on_meta(cfg)):,} counted in the model"), *((f"  {part}", f"{m:,}") for part, m in parts.items() if m),
             ("shape", f"{cfg.n_layers} layers, {cfg.d_model} wide, {cfg.n_heads} heads of {cfg.head_dim} ({cfg.n_kv_heads} for keys and values), "
                       f"feed-forward {cfg.d_ff}, vocabulary {cfg.vocab_size:,}, context {cfg.ctx:,}"),
             ("architecture", cfg.describe()),

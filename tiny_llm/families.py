@@ -149,7 +149,7 @@ def _scaling(
     for elsewhere in ("rope_theta", "partial_rotary_factor"): s.pop(elsewhere, None)
     old = s.pop("type", None)
     s["rope_type"] = s.get("rope_type") or old or "default"
-    if s["rope_type"] == "dynamic": s.pop("original_max_position_embeddings", None)  # always the context
+    if s["rope_type"] in ("dynamic", "linear"): s.pop("original_max_position_embeddings", None)  # not looked at
     return None if s["rope_type"] == "default" else s
 
 def _write_rope(c, kind):
@@ -290,7 +290,7 @@ def _refuse(
     "UserError that names the first setting that we cannot express."
     f = families[kind]
     only = {n: [v(c) if callable(v) else v] for n, v in f["fixed"].items()} | {"quantization_config": []}
-    if "ffn" in f["fields"]: only[f["fields"]["ffn"]] = f["acts"]
+    if "ffn" in f["fields"]: only[f["fields"]["ffn"]] = list(f["acts"])
     wrong = [(n, c[n]) for n, good in only.items() if c.get(n) is not None and c[n] not in good]
     if "positions" not in f["shape"] and "partial_rotary_factor" not in f["missing"]:
         if (share := _read_rope(c, f)["rotary"]) != 1: wrong.append(("partial_rotary_factor", share))
@@ -307,13 +307,18 @@ def from_hf_config(
     if kind not in families:
         raise UserError(f"model_type {kind!r} is not supported; {', '.join(families)} are."
                         f"{did_you_mean(str(kind), families)}")
-    _refuse(c, kind)
-    ours, hints = _read(c, kind), (c.get("tiny_llm") or {}).get("config") or {}
-    ours |= {n: v for n, v in hints.items() if n in _idle + _fillable}
-    if ctx and ours.get("rope_scaling") and ctx != ours["ctx"]:
-        if ours["rope_scaling"]["rope_type"] == "dynamic": ctx = None  # its base depends on the trained length
-        else: ours["rope_scaling"] = {"original_max_position_embeddings": ours["ctx"], **ours["rope_scaling"]}
-    return ModelConfig(**{**ours, "ctx": ctx or ours["ctx"]})
+    try:
+        _refuse(c, kind)
+        ours, hints = _read(c, kind), (c.get("tiny_llm") or {}).get("config") or {}
+        ours |= {n: hints[n] for n in _idle + _fillable if n in hints}
+        scaling = ours.get("rope_scaling") or {}
+        if scaling.get("rope_type") == "dynamic": ctx = None  # its base depends on the trained length
+        elif scaling.get("rope_type") in ("yarn", "llama3") and (ctx or ours["ctx"]) != ours["ctx"]:
+            ours["rope_scaling"] = {"original_max_position_embeddings": ours["ctx"], **scaling}
+        return ModelConfig(**{**ours, "ctx": ctx or ours["ctx"]})
+    except UserError: raise
+    except (TypeError, ValueError, AttributeError, KeyError) as e:
+        raise UserError(f"the configuration cannot be read ({e})") from None
 
 # %% ../nbs/05b_families.ipynb #112ca637
 @torch.no_grad()

@@ -5,14 +5,13 @@
 # %% auto #0
 __all__ = ['choices', 'own_presets', 'llama', 'plain', 'gpt1', 'gpt2', 'known_presets', 'presets', 'claims', 'ModelConfig',
            'preset', 'Transformer', 'n_params', 'count_params', 'on_meta', 'flops_per_token', 'counted_flops',
-           'kept_per_token', 'training_memory', 'inference_memory', 'hf_views', 'to_hf', 'from_hf_config', 'from_hf']
+           'kept_per_token', 'training_memory', 'inference_memory']
 
 # %% ../nbs/05_model.ipynb #ef5a55f4
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 import torch
 from fastcore.basics import patch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 from .attention import KVCache, causal_mask, document_mask
 from .basics import UserError, did_you_mean
 from .blocks import Block, make_norm
@@ -29,7 +28,7 @@ class ModelConfig:
     n_heads: int = 4            # H, query heads
     n_kv_heads: int = None      # K, key/value heads, divides H; None: H
     head_dim: int = None        # D, even where positions turn; None: C // H
-    d_ff: int = None            # F, hidden width; None: 4 C, or for SwiGLU 8/3 C rounded up to a multiple of 32
+    d_ff: int = None            # F, hidden width; None: 4 C, for SwiGLU 8/3 C rounded up to a multiple of 32
     rope_base: float = 10000.0  # base of the rope frequencies
     norm_eps: float = 1e-6      # eps of every norm
     qk_norm: bool = True        # norm queries and keys (Qwen3 layout); False: Llama layout
@@ -80,7 +79,8 @@ def derive(self: ModelConfig):
     if self.d_model % self.n_heads and (self.head_dim is None or not self.qk_norm):
         raise UserError(f"d_model {self.d_model} is not a multiple of n_heads {self.n_heads}")
     if self.head_dim is None: self.head_dim = self.d_model // self.n_heads
-    if self.d_ff is None: self.d_ff = -(-8*self.d_model // 96) * 32 if self.ffn == "swiglu" else 4*self.d_model
+    if self.d_ff is None:
+        self.d_ff = -(-8*self.d_model // 96) * 32 if self.ffn == "swiglu" else 4*self.d_model
     if self.init_std is None: self.init_std = self.d_model**-0.5
     if self.qkv_bias is None: self.qkv_bias = self.bias
 
@@ -92,7 +92,7 @@ def rotary_dim(self: ModelConfig):
 
 @patch(as_prop=True)
 def longest(self: ModelConfig):
-    "The most tokens a sequence may have: ctx, or with dynamic scaling, where ctx is the trained length, factor times it."
+    "The most tokens a sequence may have: ctx; with dynamic scaling, where ctx is the trained length, more."
     s = self.rope_scaling or {}
     return int(self.ctx * s["factor"]) if s.get("rope_type") == "dynamic" else self.ctx
 
@@ -103,17 +103,21 @@ def check_shape(self: ModelConfig):
         raise UserError(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
     for name in ("rope_base", "norm_eps", "init_std"):
         if not (v := getattr(self, name)) > 0: raise UserError(f"{name} must be positive, not {v!r}")
-    if not 0 <= self.dropout < 1: raise UserError(f"dropout must be at least 0 and below 1, not {self.dropout!r}")
+    if not 0 <= self.dropout < 1:
+        raise UserError(f"dropout must be at least 0 and below 1, not {self.dropout!r}")
     if not 0 < self.rotary <= 1: raise UserError(f"rotary must be above 0 and at most 1, not {self.rotary!r}")
     if self.positions == "rope" and (self.rotary_dim % 2 or not self.rotary_dim):
-        which = f"head_dim {self.head_dim}" if self.rotary == 1 else f"{self.rotary_dim} of {self.head_dim} entries"
-        raise UserError(f"{which} is odd, and rope turns pairs" if self.rotary_dim else f"{which} turn: rotary is too small")
+        turn = f"head_dim {self.head_dim} is odd"
+        if self.rotary < 1: turn = f"{self.rotary_dim} of {self.head_dim} entries turn"
+        raise UserError(f"{turn}, but rope turns pairs: their number must be even and above 0")
     if self.positions != "rope" and (self.rope_scaling or self.rotary != 1):
         raise UserError(f"rope_scaling and rotary need positions='rope', not {self.positions!r}")
-    if self.norm == "rms" and self.norm_bias: raise UserError("norm_bias needs norm='layer': RMSNorm has no bias")
+    if self.norm == "rms" and self.norm_bias:
+        raise UserError("norm_bias needs norm='layer': RMSNorm has no bias")
     if self.parallel and self.norm_place == "post":
         raise UserError("parallel halves read a normed copy: norm_place must be 'pre'")
-    if self.rope_scaling: rope_table(1, self.rotary_dim, self.rope_base, self.rope_scaling, self.ctx)  # complains now
+    if self.rope_scaling:  # let it complain now
+        rope_table(1, self.rotary_dim, self.rope_base, self.rope_scaling, self.ctx)
 
 # %% ../nbs/05_model.ipynb #599b58cd
 @patch
@@ -121,13 +125,16 @@ def describe(self: ModelConfig):
     "The architecture in words."
     c = self
     norm = f"{'RMSNorm' if c.norm == 'rms' else 'LayerNorm'}{' with biases' if c.norm_bias else ''} "
-    place = "after each sum" if c.norm_place == "post" else "before both halves at once" if c.parallel else "before each half"
+    place = {"pre": "before each half", "post": "after each sum"}[c.norm_place]
+    if c.parallel: place = "before both halves at once"
     turns = f"rotary positions{f' on {c.rotary_dim} of {c.head_dim} entries' if c.rotary < 1 else ''}"
     if c.rope_scaling: turns += f" ({c.rope_scaling.get('rope_type')})"
     where = {"rope": turns, "learned": "learned positions", "none": "no positions"}[c.positions]
     biases = "biases" if c.bias else "biases of queries, keys, values" if c.qkv_bias else "no biases"
-    more = ["normed queries and keys"] * c.qk_norm + [f"window {c.window}"] * bool(c.window) + [f"dropout {c.dropout:g}"] * bool(c.dropout)
-    return ", ".join([norm + place, c.ffn, where, biases, f"{'tied' if c.tied else 'separate'} head", *more])
+    head = "tied head" if c.tied else "separate head"
+    more = {"normed queries and keys": c.qk_norm, f"window {c.window}": c.window,
+            f"dropout {c.dropout:g}": c.dropout}
+    return ", ".join([norm + place, c.ffn, where, biases, head, *(word for word, on in more.items() if on)])
 
 # %% ../nbs/05_model.ipynb #3659dd22
 own_presets = {
@@ -148,13 +155,18 @@ gpt1  = dict(plain, norm_bias=True, bias=True, positions="learned")
 gpt2  = dict(gpt1, ffn="gelu_tanh")
 
 known_presets = {
-    "llm-200m":     dict(plain, d_model=768, n_layers=24, n_heads=12, ffn="swiglu", d_ff=3072, vocab_size=32_000, ctx=1024),
-    "small-llm":    dict(plain, d_model=1024, n_layers=20, n_heads=16, d_ff=4096, vocab_size=10_000, ctx=512, dropout=0.1),
-    "small-llm-4b": dict(plain, d_model=3840, n_layers=22, n_heads=30, vocab_size=32_000, ctx=2048, dropout=0.1),
-    "small-llm-7b": dict(llama, d_model=4096, n_layers=32, n_heads=32, d_ff=11_008, vocab_size=32_000, ctx=2048),
+    "llm-200m":     dict(plain, d_model=768, n_layers=24, n_heads=12, ffn="swiglu", d_ff=3072,
+                         vocab_size=32_000, ctx=1024),
+    "small-llm":    dict(plain, d_model=1024, n_layers=20, n_heads=16, d_ff=4096, vocab_size=10_000,
+                         ctx=512, dropout=0.1),
+    "small-llm-4b": dict(plain, d_model=3840, n_layers=22, n_heads=30, vocab_size=32_000, ctx=2048,
+                         dropout=0.1),
+    "small-llm-7b": dict(llama, d_model=4096, n_layers=32, n_heads=32, d_ff=11_008, vocab_size=32_000,
+                         ctx=2048),
     "gpt-tiny":     dict(plain, d_model=512, n_layers=6, n_heads=8, vocab_size=8000, ctx=512, tied=False),
     "gpt-small":    dict(plain, d_model=512, n_layers=12, n_heads=8, vocab_size=8000, ctx=512, tied=False),
-    "gpt-char":     dict(gpt1, d_model=384, n_layers=8, n_heads=8, vocab_size=65, ctx=64, norm_place="post", dropout=0.2),
+    "gpt-char":     dict(gpt1, d_model=384, n_layers=8, n_heads=8, vocab_size=65, ctx=64, norm_place="post",
+                         dropout=0.2),
     "variant-a":    dict(gpt2, d_model=768, n_layers=12, n_heads=12, vocab_size=8000, ctx=128),
     "variant-b":    dict(gpt2, d_model=768, n_layers=18, n_heads=12, vocab_size=8000, ctx=512),
     "variant-c":    dict(gpt2, d_model=768, n_layers=24, n_heads=12, vocab_size=8000, ctx=1024),
@@ -165,8 +177,9 @@ known_presets = {
 presets = own_presets | known_presets
 
 # %% ../nbs/05_model.ipynb #4cd77c70
-claims = {"llm-200m": 200e6, "small-llm": 4e9, "small-llm-4b": 4e9, "small-llm-7b": 7e9, "gpt-tiny": 27_073_024,
-          "gpt-small": 46e6, "variant-a": 45e6, "variant-b": 70e6, "variant-c": 95e6, "nano": 12e6, "micro": 30e6, "small": 51e6}
+claims = {"llm-200m": 200e6, "small-llm": 4e9, "small-llm-4b": 4e9, "small-llm-7b": 7e9,
+          "gpt-tiny": 27_073_024, "gpt-small": 46e6, "variant-a": 45e6, "variant-b": 70e6, "variant-c": 95e6,
+          "nano": 12e6, "micro": 30e6, "small": 51e6}
 
 def preset(
     name,        # a key of `presets`
@@ -234,8 +247,8 @@ def validate(self: Transformer,
         raise UserError(f"ids are {ids.dtype} {tuple(ids.shape)}; they must be whole numbers, (batch, time)")
     if positions is None and end > ctx or ids.shape[1] > ctx:
         raise UserError(f"{end} tokens do not fit into a context of {ctx}; cut the text or take a larger ctx")
-    slow = ids.is_meta or self.training and ids.device.type != "cpu"  # reading values would wait, or there are none
-    if not ids.numel() or slow: return
+    if not ids.numel() or ids.is_meta: return  # there are no values
+    if self.training and ids.device.type != "cpu": return  # reading values would wait
     low, high = ids.aminmax()
     if low < 0 or high >= V:
         raise UserError(f"ids from {low} to {high} for a vocabulary of {V}: ids must lie in 0..{V-1}")
@@ -335,16 +348,11 @@ def count_params(
             "head": 0 if cfg.tied else cfg.vocab_size*C}
 
 # %% ../nbs/05_model.ipynb #d2a152d7
-class _Undrawn(TorchFunctionMode):
-    "Leaves `normal_` out: on the meta device there is nothing to draw."
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        return args[0] if func is torch.Tensor.normal_ else func(*args, **(kwargs or {}))
-
 def on_meta(
     cfg  # ModelConfig
 ):       # Transformer whose tensors have shapes and no memory
     "A model of any size to be counted."
-    with torch.device("meta"), _Undrawn(): return Transformer(cfg)
+    with torch.device("meta"): return Transformer(cfg)
 
 # %% ../nbs/05_model.ipynb #2fb4d2b6
 def flops_per_token(
@@ -360,12 +368,16 @@ def flops_per_token(
 
 # %% ../nbs/05_model.ipynb #a581adcc
 def counted_flops(
-    cfg,  # ModelConfig
-    T     # tokens in one sequence
-):        # (forward, backward), operations of the whole sequence
+    cfg,        # ModelConfig
+    T,          # tokens in one sequence
+    whole=True  # False: count one layer and two, and take the others to be like the second
+):              # (forward, backward), operations of the whole sequence
     "What PyTorch's own counter sees in a pass over one sequence, on the meta device."
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
+    if not whole and cfg.n_layers > 2:
+        one, two = (counted_flops(replace(cfg, n_layers=n), T) for n in (1, 2))
+        return tuple(a + (cfg.n_layers - 1)*(b - a) for a, b in zip(one, two))
     model, ids = on_meta(cfg), torch.empty(1, T, dtype=torch.long, device="meta")
     with sdpa_kernel(SDPBackend.MATH):
         with FlopCounterMode(display=False) as forward: logits = model(ids)
@@ -377,7 +389,8 @@ def kept_per_token(
     cfg  # ModelConfig
 ):       # int, float32 numbers per token
     "What forward keeps for backward, equation (5.6), with fused attention; norms' statistics are left out."
-    C, F, L, q, kv = cfg.d_model, cfg.d_ff, cfg.n_layers, cfg.n_heads*cfg.head_dim, cfg.n_kv_heads*cfg.head_dim
+    C, F, L = cfg.d_model, cfg.d_ff, cfg.n_layers
+    q, kv = cfg.n_heads*cfg.head_dim, cfg.n_kv_heads*cfg.head_dim
     norm = C * (1 + (cfg.norm == "rms"))                         # normed, and normed before the gain
     attn = 2*q + 2*kv + (cfg.rotary_dim > 0 or cfg.qk_norm)*(q + kv) + cfg.qk_norm*(q + kv)
     if cfg.n_kv_heads < cfg.n_heads: attn += 2*q                 # keys and values, repeated for the kernel
@@ -393,7 +406,8 @@ def training_memory(
 ):            # dict: what -> bytes
     "Equation (5.5): float32 and AdamW, without the system's own needs."
     n = sum(count_params(cfg).values())
-    return {"weights": 4*n, "gradients": 4*n, "AdamW": 8*n, "activations": 4*batch*(T or cfg.ctx)*kept_per_token(cfg)}
+    kept = 4*batch*(T or cfg.ctx)*kept_per_token(cfg)
+    return {"weights": 4*n, "gradients": 4*n, "AdamW": 8*n, "activations": kept}
 
 # %% ../nbs/05_model.ipynb #2615bbce
 def inference_memory(
@@ -405,100 +419,3 @@ def inference_memory(
     "Weights, and the cache of keys and values."
     cache = 2*cfg.n_layers*cfg.n_kv_heads*cfg.head_dim*batch*(T or cfg.ctx)
     return {"weights": size*sum(count_params(cfg).values()), "cache": size*cache}
-
-# %% ../nbs/05_model.ipynb #0845a00a
-@torch.no_grad()
-def hf_views(
-    model  # Transformer
-):         # dict: name in a Hugging Face state dict -> view of our weights
-    "The one table of names. Views, so that reading copies out of them and writing copies into them."
-    c = model.cfg
-    views = {"model.embed_tokens.weight": model.embed.weight, "model.norm.weight": model.norm.weight}
-    for i, b in enumerate(model.blocks):
-        q, k, v = b.attn.qkv.weight.split([h*c.head_dim for h in (c.n_heads, c.n_kv_heads, c.n_kv_heads)])
-        gate, up = b.ffn.gate_up.weight.chunk(2)
-        layer = {"input_layernorm": b.norm1.weight, "post_attention_layernorm": b.norm2.weight,
-                 "self_attn.q_proj": q, "self_attn.k_proj": k, "self_attn.v_proj": v,
-                 "self_attn.o_proj": b.attn.out.weight,
-                 "mlp.gate_proj": gate, "mlp.up_proj": up, "mlp.down_proj": b.ffn.down.weight}
-        if c.qk_norm: layer |= {f"self_attn.{n}": getattr(b.attn, n).weight for n in ("q_norm", "k_norm")}
-        views |= {f"model.layers.{i}.{name}.weight": w for name, w in layer.items()}
-    return views if c.tied else views | {"lm_head.weight": model.head.weight}
-
-# %% ../nbs/05_model.ipynb #275080da
-def to_hf(
-    model  # Transformer
-):         # (config dict, state dict) of LlamaForCausalLM, or of Qwen3ForCausalLM if cfg.qk_norm
-    "The model as Hugging Face's own classes name it. The tensors are copies."
-    c, dtype = model.cfg, str(model.embed.weight.dtype).removeprefix("torch.")
-    config = dict(
-        architectures=["Qwen3ForCausalLM" if c.qk_norm else "LlamaForCausalLM"],
-        model_type="qwen3" if c.qk_norm else "llama", dtype=dtype, torch_dtype=dtype,
-        vocab_size=c.vocab_size, max_position_embeddings=c.ctx, hidden_size=c.d_model,
-        intermediate_size=c.d_ff, num_hidden_layers=c.n_layers, num_attention_heads=c.n_heads,
-        num_key_value_heads=c.n_kv_heads, head_dim=c.head_dim, hidden_act="silu", attention_bias=False,
-        attention_dropout=0.0, rms_norm_eps=c.norm_eps, rope_theta=c.rope_base,  # version 4's spelling
-        rope_parameters=dict(rope_type="default", rope_theta=c.rope_base), tie_word_embeddings=c.tied,
-        initializer_range=c.init_std, use_cache=True, bos_token_id=None, eos_token_id=None, pad_token_id=None)
-    config |= dict(use_sliding_window=False) if c.qk_norm else dict(mlp_bias=False)
-    return config, {name: view.clone() for name, view in hf_views(model).items()}
-
-# %% ../nbs/05_model.ipynb #fa8161aa
-def _refuse(
-    c,     # dict, a configuration
-    kind,  # its model_type
-    rope,  # dict, its rotary settings
-):
-    "UserError that names the first field that we cannot express."
-    wrong = {"hidden_act": c.get("hidden_act", "silu") != "silu", "attention_bias": c.get("attention_bias"),
-             "mlp_bias": c.get("mlp_bias"), "quantization_config": c.get("quantization_config"),
-             "rope_scaling": (rope.get("rope_type") or rope.get("type") or "default") != "default",
-             "partial_rotary_factor": {d.get("partial_rotary_factor") for d in (c, rope)} - {1, None},
-             "use_sliding_window": c.get("use_sliding_window") and c.get("sliding_window"),
-             "layer_types": set(c.get("layer_types") or []) - {"full_attention"}}
-    for name, bad in wrong.items():
-        if bad: raise UserError(f"{name} = {c.get(name) or rope!r} in a {kind} model is not supported")
-
-# %% ../nbs/05_model.ipynb #13e09cce
-def from_hf_config(
-    config,   # dict (config.json) or a configuration of transformers
-    ctx=None  # longest sequence in tokens; None: max_position_embeddings
-):            # ModelConfig
-    "Reads a Llama or Qwen3 configuration; UserError names the field that we cannot express."
-    c = config if isinstance(config, dict) else config.to_dict()
-    kind = c.get("model_type")
-    if kind not in ("llama", "qwen3"):
-        raise UserError(f"model_type {kind!r} is not supported; llama and qwen3 are")
-    rope = {**(c.get("rope_scaling") or {}), **(c.get("rope_parameters") or {})}
-    _refuse(c, kind, rope)
-    try:
-        C, H = c["hidden_size"], c["num_attention_heads"]
-        return ModelConfig(
-            vocab_size=c["vocab_size"], ctx=ctx or c["max_position_embeddings"], d_model=C,
-            n_layers=c["num_hidden_layers"], n_heads=H, n_kv_heads=c.get("num_key_value_heads"),
-            head_dim=c.get("head_dim") or (128 if kind == "qwen3" else C//H), d_ff=c["intermediate_size"],
-            rope_base=float(rope.get("rope_theta") or c.get("rope_theta") or 10000.0),
-            norm_eps=c.get("rms_norm_eps", 1e-6), qk_norm=kind == "qwen3",
-            tied=bool(c.get("tie_word_embeddings", False)), init_std=c.get("initializer_range", 0.02))
-    except KeyError as e: raise UserError(f"the configuration has no field {e.args[0]!r}") from None
-
-# %% ../nbs/05_model.ipynb #97de8913
-@torch.no_grad()
-def from_hf(
-    config,   # dict (config.json) or a configuration of transformers
-    state,    # dict: name -> tensor
-    ctx=None  # longest sequence in tokens; None: max_position_embeddings
-):            # Transformer, float32
-    "Our model with their weights. UserError names what is missing, unknown or of the wrong shape."
-    model = Transformer(from_hf_config(config, ctx))
-    views = hf_views(model)
-    derived = ("rotary_emb.inv_freq", "lm_head.weight")  # computed, or tied
-    unknown = [n for n in state if n not in views and not n.endswith(derived)]
-    for what, names in ("lacks", [n for n in views if n not in state]), ("holds the unknown", unknown):
-        more = f" and {len(names) - 1} more" if names[1:] else ""
-        if names: raise UserError(f"the state dict {what} {names[0]}{more}")
-    for name, view in views.items():
-        if view.shape != (got := state[name].shape):
-            raise UserError(f"{name} has shape {tuple(got)}; the configuration asks for {tuple(view.shape)}")
-        view.copy_(state[name])
-    return model

@@ -203,7 +203,8 @@ def _gguf_tokenizer(
         if pre not in _cuts:
             raise UserError(f"tokenizer.ggml.pre {pre!r} is not supported; {', '.join(_cuts)} are")
         merges = [tuple(m.split(" ", 1)) for m in get("merges", [])]
-        tk = tokenizers.Tokenizer(models.BPE({p: i for i, p in enumerate(pieces)}, merges))
+        try: tk = tokenizers.Tokenizer(models.BPE({p: i for i, p in enumerate(pieces)}, merges))
+        except Exception as e: raise UserError(f"its merges do not fit its vocabulary ({e})") from None
         tk.pre_tokenizer, tk.decoder = _cuts[pre](), decoders.ByteLevel()
     else: tk = scored_tokenizer(pieces, get("scores"), get("add_space_prefix", True))
     for add, t in ((tk.add_special_tokens, 3), (tk.add_tokens, 4)):  # control tokens, and others taken whole
