@@ -107,6 +107,10 @@ def test_eval_plot_info(desk):
     said = fine("info", "--model", "run", cwd=desk)
     assert "parameters" in said and "context 64" in said
     assert "quick" in fine("info", cwd=desk)
+    said = fine("info", "--preset", "gpt-tiny", cwd=desk)
+    assert said.count("27,073,024") == 3 and "claimed" in said      # by the formula, in the model, and as claimed
+    assert said.count("52.23 million to generate, 156.70 million to train") == 2     # by the formula, and by PyTorch's counter
+    assert "6,738,415,616" in fine("info", "--preset", "small-llm-7b", cwd=desk)
 
 
 def test_finetune_then_chat_through_a_pipe(room):

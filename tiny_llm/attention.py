@@ -16,10 +16,14 @@ def causal_mask(
     T: int,         # number of queries, the last T positions
     S: int = None,  # number of keys, T or more (T if not given)
     device=None,    # where the mask is made
+    window=None,    # a query sees itself and the window - 1 keys before it; None: all before it
 ):                  # (T, S) bool, True where query t may look at key s
-    "Who may look at whom if nobody sees the future: the last query stands on the last key."
+    "Who may look at whom if nobody sees the future, equation (2.6): the last query stands on the last key."
+    if window is not None and window < 1:
+        raise UserError(f"the window is {window}; it must be 1 or more: each position sees itself.")
     S = T if S is None else S
-    return torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
+    mask = torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
+    return mask if window is None else mask.triu(S - T - window + 1)
 
 # %% ../nbs/02_attention.ipynb #952c8430
 def _plain(q, k, v, mask):
@@ -34,8 +38,8 @@ def _plain(q, k, v, mask):
 def _fused(q, k, v, mask, causal):
     "The same by PyTorch's kernel, which never writes the scores to memory."
     (B, H, T, D), K = q.shape, k.shape[1]
-    if T == 1 and (mask is None or mask.shape[1] == 1):  # the heads of a group become queries of one head
-        q = q.reshape(B, K, H // K, D)
+    if T == 1 and (mask is None or mask.dim() < 3 or mask.shape[-3] == 1):
+        q = q.reshape(B, K, H // K, D)  # the heads of a group become queries of one head
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).reshape(B, H, 1, D)
     if H != K: k, v = k.repeat_interleave(H // K, 1), v.repeat_interleave(H // K, 1)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
@@ -61,12 +65,14 @@ def attention(
     if mask is None and T > 1 and not (fused and square): mask = causal_mask(T, S, q.device)
     return _fused(q, k, v, mask, square) if fused else _plain(q, k, v, mask)
 
-# %% ../nbs/02_attention.ipynb #a6c411bb
+# %% ../nbs/02_attention.ipynb #23cd0fda
 def document_mask(
-    doc,  # (B, T) int, the number of the document that each token belongs to
-):        # (B, 1, T, T) bool
-    "Equation (2.7), the mask of packed rows: look back, within your own document."
-    return ((doc[:, :, None] == doc[:, None, :]) & causal_mask(doc.shape[1], device=doc.device))[:, None]
+    doc,          # (B, T) int, the number of the document that each token belongs to
+    window=None,  # as in `causal_mask`
+):                # (B, 1, T, T) bool
+    "Equation (2.9), the mask of packed rows: look back, within your own document."
+    back = causal_mask(doc.shape[1], device=doc.device, window=window)
+    return ((doc[:, :, None] == doc[:, None, :]) & back)[:, None]
 
 # %% ../nbs/02_attention.ipynb #3d4fe512
 class KVCache:

@@ -391,45 +391,50 @@ def info_rows(
     cfg,     # ModelConfig
 ) -> list:   # rows for `table`
     "What a model of this shape consists of, and what it costs."
-    from tiny_llm.model import count_params, flops_per_token
-    parts = count_params(cfg)
-    n, cache = sum(parts.values()), 2 * cfg.n_layers * cfg.n_kv_heads * cfg.head_dim * 4
-    work = [f"{flops_per_token(cfg, cfg.ctx, backward) / 1e6:,.2f} million" for backward in (False, True)]
-    return [("parameters", f"{n:,}"), *((f"  {part}", f"{m:,}") for part, m in parts.items() if m),
-            ("shape", f"{cfg.n_layers} layers, {cfg.d_model} wide, {cfg.n_heads} heads of {cfg.head_dim} "
-                      f"({cfg.n_kv_heads} for keys and values), feed-forward {cfg.d_ff}, "
-                      f"vocabulary {cfg.vocab_size:,}, context {cfg.ctx:,}"),
-            ("operations per token", f"{work[0]} to generate, {work[1]} to train, at full context"),
-            ("memory", f"{4 * n / 1e6:,.1f} MB of weights (float32), "
-                       f"{16 * n / 1e6:,.1f} MB with gradients and the state of AdamW"),
-            ("cache", f"{cache:,} bytes per token, {cache * cfg.ctx / 1e6:,.1f} MB at full context")]
+    from tiny_llm.model import count_params, counted_flops, flops_per_token, inference_memory, n_params, on_meta, training_memory
+    parts, train = count_params(cfg), training_memory(cfg)
+    n, size = sum(parts.values()), lambda b: f"{b / 1e9:,.1f} GB" if b >= 1e9 else f"{b / 1e6:,.1f} MB"
+    use = [{what: size(b) for what, b in inference_memory(cfg, size=bytes_).items()} for bytes_ in (4, 2)]
+    work = [flops_per_token(cfg, cfg.ctx, backward) / 1e6 for backward in (False, True)]
+    forward, backward = counted_flops(cfg, cfg.ctx, whole=False)
+    seen = [forward / cfg.ctx / 1e6, (forward + backward) / cfg.ctx / 1e6]
+    millions = lambda pair: f"{pair[0]:,.2f} million to generate, {pair[1]:,.2f} million to train"
+    return [("parameters", f"{n:,} by the formula, {n_params(on_meta(cfg)):,} counted in the model"), *((f"  {part}", f"{m:,}") for part, m in parts.items() if m),
+            ("shape", f"{cfg.n_layers} layers, {cfg.d_model} wide, {cfg.n_heads} heads of {cfg.head_dim} ({cfg.n_kv_heads} for keys and values), "
+                      f"feed-forward {cfg.d_ff}, vocabulary {cfg.vocab_size:,}, context {cfg.ctx:,}"),
+            ("architecture", cfg.describe()),
+            ("operations per token", f"{millions(work)}, at full context, by the formula"),
+            ("  counted by PyTorch", millions(seen)),
+            ("memory to train", f"{size(16*n)} of weights, gradients and AdamW (float32), {size(train['activations'])} of activations per full sequence"),
+            ("memory to generate", f"{use[0]['weights']} of weights, {use[0]['cache']} of cache at full context; in bfloat16 {use[1]['weights']} and {use[1]['cache']}")]
 
 # %% ../nbs/21_cli.ipynb #7a700d88
 @command
 def info(
     model: str = None,        # model folder or run folder
     preset: str = None,       # or a named shape
-    vocab_size: int = 1024,   # of the named shape
+    vocab_size: int = None,   # of the named shape; left out: its own
     ctx: int = None,          # of the named shape; left out: its own
 ):
     "Parameters, operations and memory of a model or a preset; alone: this machine and all presets."
-    from tiny_llm.model import count_params, preset as shape, presets
+    from tiny_llm.model import claims, count_params, preset as shape, presets
     if model and preset: raise UserError("give a model or a preset, not both")
-    size = dict(vocab_size=vocab_size, **(dict(ctx=ctx) if ctx else {}))
+    size = {name: value for name, value in (("vocab_size", vocab_size), ("ctx", ctx)) if value is not None}
+    total = lambda name: sum(count_params(shape(name, **size)).values())
     if model:
         from tiny_llm.folder import model_folder
         net, tok = open_model(model, "cpu")
-        rows = [("model folder", model_folder(model)), *info_rows(net.cfg),
-                ("tokenizer", f"{len(tok):,} tokens, sha256 {tok.hash[:16]}")]
-    elif preset: rows = [("preset", preset), *info_rows(shape(preset, **size))]
+        rows = [("model folder", model_folder(model)), *info_rows(net.cfg), ("tokenizer", f"{len(tok):,} tokens, sha256 {tok.hash[:16]}")]
+    elif preset:
+        rows = [("preset", preset), *info_rows(shape(preset, **size))]
+        if preset in claims and not size: rows[2:2] = [("  claimed", f"{claims[preset]:,.0f} ({100 * (total(preset) / claims[preset] - 1):+.1f}%)")]
     else:
         import platform, torch
         from tiny_llm import __version__
         total = lambda name: sum(count_params(shape(name, **size)).values())
         rows = [("tiny_llm", __version__), ("python", platform.python_version()), ("torch", torch.__version__),
-                ("device", f"{pick_device()}, {torch.get_num_threads()} threads"),
-                ("presets", f"at a vocabulary of {vocab_size:,}"),
-                *((f"  {name}", f"{total(name):>11,} parameters") for name in presets)]
+                ("device", f"{pick_device()}, {torch.get_num_threads()} threads"), ("presets", "")]
+        rows += [(f"  {name}", f"{total(name):>13,} parameters{f', claimed {claims[name]:,.0f}' if name in claims else ''}") for name in presets]
     print(table(rows))
 
 # %% ../nbs/21_cli.ipynb #0eb58014

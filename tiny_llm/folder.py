@@ -11,8 +11,10 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import load as tensors_from, save as tensors_to
 from .basics import UserError, did_you_mean, pick_device, read_json, sha256, write_file
-from .model import from_hf, n_params, to_hf
+from .families import families, family, from_hf, to_hf
+from .model import n_params
 from .tokenizer import Tokenizer
+from .weights import open_gguf
 
 # %% ../nbs/08b_folder.ipynb #3f64e62c
 def _exchange(a, b) -> bool:
@@ -81,7 +83,7 @@ def _card(
     "README.md: the header that the hub reads, then the text, or a short description."
     c = model.cfg
     if text is not None and text.lstrip().startswith("---"): return text  # brings its own header
-    kind = "Qwen3" if c.qk_norm else "Llama"
+    kind = families[family(c)]["cls"]
     text = text or (f"# A small language model\n\n{n_params(model):,} parameters in the layout of {kind}: "
                     f"{c.n_layers} layers, width {c.d_model}, {c.n_heads} heads, {len(tok):,} tokens, "
                     f"context {c.ctx}. Trained with tiny_llm.")
@@ -97,7 +99,7 @@ def _files(
     config, state = to_hf(model)
     ends = [i for i in dict.fromkeys((tok.eos, tok.end)) if i is not None]
     ids = dict(bos_token_id=tok.bos, eos_token_id=ends[0] if ends else None, pad_token_id=tok.pad)
-    config |= {**ids, "tiny_llm": {"tokenizer_sha256": _fingerprint(tok)}}
+    config |= {**ids, "tiny_llm": {**config.get("tiny_llm", {}), "tokenizer_sha256": _fingerprint(tok)}}
     defaults = dict(eos_token_id=ends or None, do_sample=True, temperature=0.8,
                     max_new_tokens=max(1, model.cfg.ctx // 2))
     settings = {**ids, **defaults, **(generation or {})}
@@ -194,10 +196,13 @@ def model_folder(
 
 # %% ../nbs/08b_folder.ipynb #bd716a95
 def load(
-    folder,         # a model folder, ours or another's of the Llama or Qwen3 family; or what `model_folder` accepts
+    folder,         # a model folder, ours or another's of one of the `families`, or what `model_folder` accepts; or a .gguf file
     device="auto",  # as for `pick_device`
 ):                  # (Transformer in eval mode, Tokenizer)
     "Open a model folder after checking that it is whole and that model and tokenizer belong together."
+    if Path(folder).suffix == ".gguf":
+        model, tk, named = open_gguf(folder)
+        return model.to(pick_device(device)), Tokenizer(tk, named.pop("chat_template", None), named)
     folder, device = model_folder(folder), pick_device(device)
     _verify(folder)
     config = read_json(folder/"config.json")

@@ -14,7 +14,7 @@ import torch
 from fastcore.basics import patch
 from .basics import UserError, pick_device, sha256, write_file
 from .math import bits_per_byte, cross_entropy, softmax
-from .model import Transformer, count_params, n_params, preset, presets
+from .model import Transformer, count_params, n_params, own_presets, preset
 from .data import Batch, Batches, Tokens, tokenize
 from .sources import documents
 from .optim import clip_gradients, make_optimizer, schedule
@@ -427,7 +427,7 @@ def plan(
     vocab_size: int = 1024,  # V
     ctx: int = None,         # T; None: each preset's own
     batch: int = None,       # B, rows; None: as in `train`
-    names=None,              # presets to choose from; None: all
+    names=None,              # presets to choose from; None: the project's own
     dtype: str = None,       # as in `train`
     compile: bool = None,    # as in `train`
     ratio: float = RATIO,    # tokens per weight to be reached
@@ -435,7 +435,7 @@ def plan(
     "Derive model, batch and steps from the minutes, by measuring a few real steps."
     given = dict.fromkeys(("steps", "lr", "optimizer", "weight_decay", "warmup", "decay", "clip", "seed")) | dict(minutes=minutes, batch=batch, dtype=dtype, compile=compile)
     device, tried = pick_device(device), []
-    configs = {name: preset(name, vocab_size=vocab_size, **({"ctx": ctx} if ctx else {})) for name in names or presets}
+    configs = {name: preset(name, vocab_size=vocab_size, **({"ctx": ctx} if ctx else {})) for name in names or own_presets}
     for name, cfg in sorted(configs.items(), key=lambda c: sum(count_params(c[1]).values())):
         model = Transformer(cfg).to(device)
         s = settle(given | dict(ctx=cfg.ctx), None, model, None, device)
