@@ -79,8 +79,7 @@ def overview() -> str:
     lines = [f"  {word:<12}{getdoc(f).splitlines()[0]}" for word, f in commands.items()]
     return "\n".join(["usage: tiny_llm COMMAND [--option value ...]", "",
                       "A small language model: trained, understood and talked to on two CPU cores.", "", *lines, "",
-                      "tiny_llm COMMAND --help lists the options of a command.",
-                      "To begin: tiny_llm quickstart"])
+                      "tiny_llm COMMAND --help lists the options of a command.", "To begin: tiny_llm quickstart"])
 
 def dispatch(
     argv,   # words of the command line, without the program's name
@@ -266,8 +265,7 @@ def as_messages(
         found += [dict(role="user", content=f"{ask}\n\n{more}" if more else ask), dict(role="assistant", content=reply)]
     whole = all(isinstance(m, dict) and all(isinstance(m.get(k), str) for k in ("role", "content")) for m in found)
     if not (whole and any(m["role"] == "assistant" for m in found)):
-        raise UserError(f"{where} is no conversation; a row holds messages (a list of role and content), "
-                        "or instruction and response")
+        raise UserError(f"{where} is no conversation; a row holds messages (a list of role and content), or instruction and response")
     return [dict(role=m["role"], content=m["content"]) for m in found]
 
 # %% ../nbs/21_cli.ipynb #fafc438f
@@ -291,8 +289,7 @@ def read_conversations(
         raise UserError(f"there is no file {source}; --data takes stories, or a .jsonl or .json file.{near}")
     found = [as_messages(row, f"row {n} of {path}") for n, row in enumerate(_json_rows(path, _read_text(path)), 1)]
     if len(found) < 2:
-        raise UserError(f"{path} holds {len(found)} conversations; at least 2 are needed, "
-                        "one to learn from and one held out")
+        raise UserError(f"{path} holds {len(found)} conversations; at least 2 are needed, one to learn from and one held out")
     cut = len(found) - -(-len(found) // 20)
     return (found[:cut] if split == "train" else found[cut:])[:limit]
 
@@ -431,9 +428,7 @@ def info(
     else:
         import platform, torch
         from tiny_llm import __version__
-        total = lambda name: sum(count_params(shape(name, **size)).values())
-        rows = [("tiny_llm", __version__), ("python", platform.python_version()), ("torch", torch.__version__),
-                ("device", f"{pick_device()}, {torch.get_num_threads()} threads"), ("presets", "")]
+        rows = [("tiny_llm", __version__), ("python", platform.python_version()), ("torch", torch.__version__), ("device", f"{pick_device()}, {torch.get_num_threads()} threads"), ("presets", "")]
         rows += [(f"  {name}", f"{total(name):>13,} parameters{f', claimed {claims[name]:,.0f}' if name in claims else ''}") for name in presets]
     print(table(rows))
 
