@@ -166,7 +166,7 @@ known_presets = {
     "gpt-tiny":     dict(plain, d_model=512, n_layers=6, n_heads=8, vocab_size=8000, ctx=512, tied=False),
     "gpt-small":    dict(plain, d_model=512, n_layers=12, n_heads=8, vocab_size=8000, ctx=512, tied=False),
     "gpt-char":     dict(gpt1, d_model=384, n_layers=8, n_heads=8, vocab_size=65, ctx=64, norm_place="post",
-                         dropout=0.2),
+                         dropout=0.2, ffn="gelu_tanh"),
     "variant-a":    dict(gpt2, d_model=768, n_layers=12, n_heads=12, vocab_size=8000, ctx=128),
     "variant-b":    dict(gpt2, d_model=768, n_layers=18, n_heads=12, vocab_size=8000, ctx=512),
     "variant-c":    dict(gpt2, d_model=768, n_layers=24, n_heads=12, vocab_size=8000, ctx=1024),
