@@ -195,7 +195,7 @@ def test_equation_numbers(site, page):
     assert len(tags) == len(set(tags))
     assert [int(re.match(r"\d+", t.split(".")[1])[0]) for t in tags] == sorted(int(re.match(r"\d+", t.split(".")[1])[0]) for t in tags)
     assert all(f"({t})</mtext>" in site.html[page] for t in tags)
-    referred = set(re.findall(rf"\(({number[1]}\.\d+[a-z]?)\)", re.sub(r"`[^`\n]*`|\$.*?\$", "", site.markdown[page]))) if number else set()
+    referred = set(re.findall(rf"(?<!\w)\(({number[1]}\.\d+[a-z]?)\)", re.sub(r"`[^`\n]*`|\$.*?\$", "", site.markdown[page]))) if number else set()
     assert referred <= set(tags), f"no such equation: {referred - set(tags)}"
 
 
