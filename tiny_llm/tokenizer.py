@@ -9,11 +9,12 @@ __all__ = ['PATTERN', 'SPECIALS', 'ENDS', 'CHAT_TEMPLATE', 'TINTS', 'Tokenizer',
 import html, json, re, warnings
 from datetime import datetime
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 import tokenizers
 from fastcore.basics import patch
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
-from .basics import UserError, read_json, sha256, write_file
+from .basics import UserError, did_you_mean, read_json, sha256, write_file
 
 # %% ../nbs/07_tokenizer.ipynb #8c6bca42
 PATTERN = (r"(?i:'(?:[sdmt]|ll|ve|re))"             # English contractions: 's 't 'll
@@ -57,6 +58,9 @@ class Tokenizer:
         ends = (t for t in ENDS if t in self.specials and t in (self.template or ""))
         self.end = self.vocab.get(next(ends, self.named["eos_token"]))  # ends a turn of a chat
         self._size = 1 + max(self.vocab.values(), default=-1)
+        plainly = lambda t, i: len(t) > 1 and i in self.tk.encode(t, add_special_tokens=False).ids
+        unknown = json.loads(self._json)["model"].get("unk_token")  # what is in no vocabulary may be that one
+        self._spelt = [t for t, i in self.specials.items() if t != unknown and plainly(t, i)]
 
     def _guess(self):
         "Which tokens begin and end a document, for vocabularies that come without a word about it."
@@ -87,22 +91,51 @@ def _utf8(text):
                         "read the text with the right encoding, or drop it: text.encode('utf-8', 'ignore').") from None
 
 # %% ../nbs/07_tokenizer.ipynb #566506c9
+def _between(text, specials):
+    "The parts of a text before, between and after what spells a special token."
+    if not any(t in text for t in specials): return [text]
+    return re.split("|".join(map(re.escape, sorted(specials, key=len, reverse=True))), text)
+
+@patch
+def _asked(self: Tokenizer, text, wanted):
+    "The ids of a text in which only these special tokens are read as such."
+    wanted = {wanted} if isinstance(wanted, str) else set(wanted)
+    for t in wanted - self.specials.keys():
+        raise UserError(f"{t!r} is no special token of this vocabulary.{did_you_mean(str(t), self.specials)}")
+    pattern = "|".join(map(re.escape, sorted(wanted, key=len, reverse=True)))
+    return [i for n, part in enumerate(re.split(f"({pattern})", text) if wanted else [text])
+            for i in ([self.specials[part]] if n % 2 else self.encode(part))]
+
+@patch
+def _apart(self: Tokenizer, text):
+    "Ids where the vocabulary's own pieces would make a special token: each is cut behind its first character."
+    pattern = "|".join(map(re.escape, self._spelt))
+    at = [m.start() + 1 for m in re.finditer(f"(?={pattern})", text)]
+    parts = [text[i:j] for i, j in zip([0, *at], [*at, None])]
+    return [i for part in parts for i in self.tk.encode(part, add_special_tokens=False).ids]
+
+# %% ../nbs/07_tokenizer.ipynb #85644a7e
 @patch
 def encode(self: Tokenizer,
-    text: str,              # any text
-    special: bool = False,  # True: text that spells a special token becomes it; not for what people typed
-) -> list:                  # ids
+    text: str,      # any text
+    special=False,  # text that spells a special token becomes it: False, never; True, always; or a set of those meant
+) -> list:          # ids
     "The ids of a text, nothing added in front or behind."
-    try: return (self._control if special else self.tk).encode(text, add_special_tokens=False).ids
+    try:
+        if special is True: return self._control.encode(text, add_special_tokens=False).ids
+        if special: return self._asked(text, special)
+        if self._spelt: return self._apart(text)
+        return self.tk.encode(text, add_special_tokens=False).ids
     except (TypeError, UnicodeError): _utf8(text); raise
 
 @patch
 def encode_batch(self: Tokenizer,
-    texts,                  # list of str
-    special: bool = False,  # as in `encode`
-) -> list:                  # list of lists of ids
+    texts,          # list of str
+    special=False,  # as in `encode`
+) -> list:          # list of lists of ids
     "The ids of many texts, on all cores."
     texts = list(texts)
+    if special not in (True, False) or self._spelt and not special: return [self.encode(t, special) for t in texts]
     tk = self._control if special else self.tk
     try: return [e.ids for e in tk.encode_batch_fast(texts, add_special_tokens=False)]
     except (TypeError, UnicodeError):
@@ -123,7 +156,7 @@ def decode(self: Tokenizer,
                         "another tokenizer?")
     return self.tk.decode(ids, skip_special_tokens=not special)
 
-# %% ../nbs/07_tokenizer.ipynb #85644a7e
+# %% ../nbs/07_tokenizer.ipynb #71e673ce
 def train_tokenizer(
     docs,                    # documents: list or other iterable of str
     vocab_size: int = 1024,  # tokens in all: 5 special ones, 256 bytes, the rest learnt
@@ -145,7 +178,7 @@ def train_tokenizer(
                                   show_progress=False,
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     def checked():
-        for d in docs: _utf8(d); yield d
+        for d in docs: _utf8(d); yield from _between(d, SPECIALS)  # what spells a special token teaches nothing
     tk.train_from_iterator(checked(), trainer)
     if (got := tk.get_vocab_size()) < vocab_size:
         warnings.warn(f"the corpus is too small for {vocab_size} tokens: after {got} no pair of tokens occurs "
@@ -211,9 +244,11 @@ def _check_messages(messages):
 
 # %% ../nbs/07_tokenizer.ipynb #b421c6ea
 def _plain(text, specials):
-    "The text with every special token's spelling broken by a space after its first character."
-    for t in specials:
-        while len(t) > 1 and t in text: text = text.replace(t, f"{t[0]} {t[1:]}")
+    "The text with every special token's spelling broken after its first character: by a space if that is in none of them."
+    long = [t for t in specials if len(t) > 1]
+    gap = next(c for c in chain(" _-.,", map(chr, range(0x2060, 0x10000))) if not any(c in t for t in long))
+    for t in long:
+        while t in text: text = text.replace(t, t[0] + gap + t[1:])
     return text
 
 @patch

@@ -18,6 +18,7 @@ from .model import Transformer, count_params, n_params, own_presets, preset
 from .data import Batch, Batches, Tokens, tokenize
 from .sources import documents
 from .optim import clip_gradients, make_optimizer, schedule
+from .families import family
 from .folder import swap_in
 from .run import (Clock, Progress, Run, as_dtype, can_compile, check_settings, compiled, disk_errors, past_run, read_checkpoint,
                           read_metrics, settle, stop_requests, sweep, write_checkpoint, write_sealed)
@@ -371,6 +372,7 @@ def train(
     check_settings(dict(log_every=log_every, eval_every=eval_every, save_every=save_every, stop_at=stop_at))
     began, folder, device = time.perf_counter(), out and Path(out), pick_device(device)
     past = past_run(folder, resume) or dict(settings=None, data={})
+    if folder: family(model.cfg)   # a model that no class of transformers computes could not be saved
     s = settle(dict(minutes=minutes, steps=steps, batch=batch, ctx=ctx, lr=lr, optimizer=optimizer, weight_decay=weight_decay, warmup=warmup,
                     decay=decay, clip=clip, seed=seed, dtype=dtype, compile=compile), past["settings"], model, folder, device)
     if docs is None: docs = past["data"].get("source") or "stories"
