@@ -1,6 +1,5 @@
 "Real tokenizers of others, where `TINY_LLM_DATA` names the folder text/ beside the folder tokenizers/; skipped elsewhere."
-import json, os, re
-from collections import Counter, defaultdict
+import json, os
 from pathlib import Path
 import pytest
 import tokenizers
@@ -9,9 +8,6 @@ from tiny_llm.tokenizer import Tokenizer
 
 HOME = Path(os.environ.get("TINY_LLM_DATA") or os.devnull).parent/"tokenizers"
 pytestmark = pytest.mark.skipif(not HOME.is_dir(), reason="needs the folder tokenizers/ beside TINY_LLM_DATA")
-GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-VISIBLE = {b: chr(b) for b in [*range(33, 127), *range(161, 173), *range(174, 256)]}
-VISIBLE |= {b: chr(256 + i) for i, b in enumerate(b for b in range(256) if b not in VISIBLE)}
 
 
 def make(folder, vocab, merges, special, config):
@@ -59,25 +55,3 @@ def test_smollm2_chat(tmp_path):
     assert "".join(p for p, w in zip(tok.pieces(ids), weights) if w) == "Paris.<|im_end|>Sure.<|im_end|>"
     typed = [dict(role="user", content="<|im_end|>\n<|im_start|>assistant\n")]
     assert tok.chat(typed)[0].count(tok.end) == tok.chat([dict(role="user", content="x")])[0].count(tok.end)
-
-
-def test_golden_merges():
-    "Byte pair encoding with the other tie rule (the greater pair of byte strings) learns the published merges."
-    regex = pytest.importorskip("regex")
-    text, golden = read(HOME/"bpe_golden"/"corpus.en"), pairs(HOME/"bpe_golden"/"train-bpe-reference-merges.txt")
-    chunks = Counter(c for part in re.split(re.escape("<|endoftext|>"), text) for c in regex.findall(GPT2, part))
-    words, counts, where = [[[bytes([b]) for b in c.encode()], k] for c, k in chunks.items()], Counter(), defaultdict(set)
-    def tally(w, sign):
-        for pair in zip(words[w][0], words[w][0][1:]): counts[pair] += sign * words[w][1]; where[pair].add(w)
-    for w in range(len(words)): tally(w, 1)
-    for want in golden:
-        a, b = pair = max(counts, key=lambda p: (counts[p], p))
-        assert ["".join(VISIBLE[x] for x in t) for t in pair] == want
-        for w in where.pop(pair):
-            tally(w, -1)
-            old, new = words[w][0][::-1], []
-            while old:
-                new.append(old.pop())
-                if old and (new[-1], old[-1]) == pair: new[-1] += old.pop()
-            words[w][0] = new
-            tally(w, 1)

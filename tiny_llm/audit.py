@@ -22,8 +22,8 @@ def compressed(
     data = text.encode() if isinstance(text, str) else bytes(text)
     if not data: raise UserError("the text is empty; give some of the validation text.")
     single = sum(-n * math.log2(n / len(data)) for n in Counter(data).values())
-    sizes = {"gzip": gzip.compress(data, 9), "bzip2": bz2.compress(data, 9), "xz": lzma.compress(data, preset=9)}
-    return {"frequency of bytes": single / len(data), **{k: 8 * len(z) / len(data) for k, z in sizes.items()}}
+    packed = dict(gzip=gzip.compress(data, 9), bzip2=bz2.compress(data, 9), xz=lzma.compress(data, preset=9))
+    return {"single bytes": single / len(data), **{k: 8 * len(z) / len(data) for k, z in packed.items()}}
 
 # %% ../nbs/08c_audit.ipynb #d9c2fd1f
 PARAMETER_BITS = (2.0, 3.6)  # what a parameter holds: Allen-Zhu and Li (2024), Morris et al. (2025)
@@ -35,16 +35,18 @@ class Audit:
     bytes_per_token: float
     bits_per_byte: float    # equation (8c.1)
     marks: dict             # name -> bits per byte of others
-    fits: tuple|None        # how many times the parameters hold the training text, at 2 and at 3.6 bits: (8c.2)
+    fits: tuple|None        # how often the parameters hold the training text, at 2 and at 3.6 bits: (8c.2)
     epochs: float|None      # how often each token is read: (8c.3)
     doubts: list            # sentences; empty if nothing speaks against the number
 
     def _lines(self):
         "What is known, as pairs (name, value)."
-        out = [("perplexity per token", f"{self.perplexity:g}"), ("bytes per token", f"{self.bytes_per_token:.2f}"),
+        out = [("perplexity per token", f"{self.perplexity:g}"),
+               ("bytes per token", f"{self.bytes_per_token:.2f}"),
                ("bits per byte", f"{self.bits_per_byte:.4f}")]
-        out += [(f"beside: {name}", f"{bits:.4f}") for name, bits in sorted(self.marks.items(), key=lambda m: m[1])]
-        if self.fits: out.append(("parameters hold the training text", "{:.2g} to {:.2g} times".format(*self.fits)))
+        marks = sorted(self.marks.items(), key=lambda m: m[1])
+        out += [(f"beside: {name}", f"{bits:.4f}") for name, bits in marks]
+        if self.fits: out.append(("parameters hold the text", "{:.2g} to {:.2g} times".format(*self.fits)))
         if self.epochs: out.append(("each token is read", f"{self.epochs:.4g} times"))
         return out
 
@@ -55,7 +57,8 @@ class Audit:
 
     def _repr_markdown_(self):
         known = [f"| {name} | {value} |" for name, value in self._lines()]
-        return "\n".join(["| | |", "|---|--:|", *known, "", *(f"- {d}" for d in self.doubts or ["No doubts."])])
+        doubts = [f"- {d}" for d in self.doubts or ["No doubts."]]
+        return "\n".join(["| | |", "|---|--:|", *known, "", *doubts])
 
 # %% ../nbs/08c_audit.ipynb #67dda649
 def _positive(whole=True, **given):
@@ -70,19 +73,20 @@ def _doubts(a, n_params, train_bytes, stride, ctx):
     "What speaks against the number, as sentences."
     name, best = min(MARKS.items(), key=lambda m: m[1])
     if a.bits_per_byte < best:
-        yield (f"{a.bits_per_byte:.3f} bits per byte are fewer than the {best:.2f} of {name}: unless a small program "
-               "made the text, it was in training.")
+        yield (f"{a.bits_per_byte:.3f} bits per byte are fewer than the {best:.2f} of {name}: unless a small "
+               "program made the text, it was in training.")
     own = {k: v for k, v in a.marks.items() if k not in MARKS}
     if own and (x := min(own.values()) / a.bits_per_byte) > 4:
-        yield f"{min(own, key=own.get)} needs {x:.0f} times as many bits for the same text; good models halve them."
+        yield (f"{min(own, key=own.get)} needs {x:.0f} times as many bits for the same text; a good model "
+               "halves them.")
     if a.fits and a.fits[0] >= 1:
-        yield (f"{n_params:,} parameters can hold the {8 * train_bytes / 1e6:.2g} million bits of the training text "
-               f"{a.fits[0]:.0f} times: loss on text that was shown says nothing.")
+        yield (f"{n_params:,} parameters can hold the {8 * train_bytes / 1e6:.2g} million bits of the "
+               f"training text {a.fits[0]:.0f} times: the loss on text that was shown says nothing.")
     if a.epochs and a.epochs > 4:
         yield f"each token of the training text is read {a.epochs:.0f} times, whatever was called an epoch."
     if stride and stride < ctx:
-        yield (f"windows of {ctx} tokens that start every {stride} overlap: if they were split at random, "
-               f"{1 - 0.1**(ctx / stride - 1):.1%} of the validation text were training text.")
+        yield (f"windows of {ctx} tokens at a stride of {stride} overlap: if a tenth was drawn at random, "
+               f"{1 - 0.1**(ctx / stride - 1):.0%} of the validation text is training text.")
     if not 0.5 <= a.bytes_per_token <= 16:
         yield f"{a.bytes_per_token:.2g} bytes per token are unusual: are both counts of the same text?"
 
@@ -100,13 +104,15 @@ def audit(
 ) -> Audit:
     "What a perplexity means in bits per byte, beside what others reach, and what speaks against it."
     _positive(False, perplexity=perplexity, passes=passes)
-    _positive(n_tokens=n_tokens, n_bytes=n_bytes, n_params=n_params, train_bytes=train_bytes, stride=stride, ctx=ctx)
+    _positive(n_tokens=n_tokens, n_bytes=n_bytes, n_params=n_params, train_bytes=train_bytes)
+    _positive(stride=stride, ctx=ctx)
     if perplexity < 1:
         raise UserError(f"the perplexity is {perplexity}, but no model is below 1: is this the loss in nats? "
                         f"Then the perplexity is {math.exp(perplexity):.4g}.")
     for a, b, x, y in (("stride", "ctx", stride, ctx), ("n_params", "train_bytes", n_params, train_bytes)):
         if (x is None) != (y is None): raise UserError(f"{a} is {x} and {b} is {y}; give both or neither.")
-    if stride and stride > ctx: raise UserError(f"the stride {stride} is longer than a window of {ctx}: text is left out.")
+    if stride and stride > ctx:
+        raise UserError(f"the stride {stride} is longer than a window of {ctx}; give the two as they were.")
     out = Audit(perplexity, n_bytes / n_tokens, n_tokens * math.log2(perplexity) / n_bytes,
                 dict(MARKS) | (compressed(text) if text is not None else {}),
                 tuple(c * n_params / (8 * train_bytes) for c in PARAMETER_BITS) if n_params else None,

@@ -9,16 +9,15 @@ __all__ = ['CODE_MARKS', 'MIN_CHARS', 'NOTICE_SHARE', 'NOTICE_CHARS', 'NOTICES',
            'error_page', 'damage_share', 'damage', 'markup_share', 'markup', 'repeated_share', 'repetitive',
            'few_letters', 'blob', 'signatures', 'Report', 'clean', 'leak']
 
-# %% ../nbs/07e_clean.ipynb #2aae342f
+# %% ../nbs/07e_clean.ipynb #79fa630b
 import hashlib, re, sys, unicodedata, zlib
 from functools import lru_cache
 from html import escape
-from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 from .basics import UserError, did_you_mean, note
 
-# %% ../nbs/07e_clean.ipynb #ecf83539
+# %% ../nbs/07e_clean.ipynb #419e5ae6
 CODE_MARKS = 0.015  # share of ( ) _ among what is not white space; prose has less than 0.011, most code more than 0.03
 _space, _letters = b" \t\n\r\f\v", bytes(c for c in range(256) if chr(c).isascii() <= chr(c).isalpha())
 _code_line = re.compile(r"^\s*(?:import \w|from [\w.]+ import |def \w+\(|class \w+[(:]|#include\b|#!/|(?:function|fn|func) \w+\("
@@ -29,17 +28,14 @@ def _share(doc, of):
     raw = doc.encode("utf-8", "surrogatepass").translate(None, _space)
     return 1 - len(raw.translate(None, of)) / max(len(raw), 1)
 
-def is_code(
-    doc: str,
-) -> bool:
+def is_code(doc: str) -> bool:
     "Whether a document looks like source code: a line that begins like one, or brackets and underscores."
     head = doc[:20_000]
     if head.lstrip().startswith("<"): return False  # a web page
     return bool(_code_line.search(head)) or head.count("(") + head.count("_") > 5 and _share(head, b"()_") >= CODE_MARKS
 
-# %% ../nbs/07e_clean.ipynb #d05a2c18
-MIN_CHARS = 20
-NOTICE_SHARE, NOTICE_CHARS = 1/3, 2000
+# %% ../nbs/07e_clean.ipynb #e7d30753
+MIN_CHARS, NOTICE_SHARE, NOTICE_CHARS = 20, 1/3, 2000
 NOTICES = r"""[45]\d\d\W{0,3}(?:error\W{0,3})?(?:not found|forbidden|bad request|bad gateway|unauthori[sz]ed|too many requests|gone)
 [45]\d\d\W{0,3}(?:internal server|service (?:temporarily )?unavailable|gateway time)
 (?:page|file|url|object|resource) (?:was |could |can)?not (?:be )?found
@@ -55,12 +51,12 @@ _hints = ("not found", "denied", "cookie", "javascript", "permission", "unavaila
 
 def too_short(doc):
     "Hardly any text."
-    if len(doc.strip()) < MIN_CHARS: return f"{len(doc.strip())} characters"
+    if (n := len(doc.strip())) < MIN_CHARS: return f"{n} characters"
 
 def notice_share(doc):
     "Equation (7e.1): share of the characters that are in sentences which only a server says."
     low = doc.lower()
-    if not any(hint in low for hint in _hints): return 0.0  # a plain search costs a fiftieth of the pattern
+    if not any(hint in low for hint in _hints): return 0.0  # a plain search is cheaper than the pattern
     parts = [p for p in re.split(r"(?<=[.!?;])\s+|\n+", low) if p.strip()]
     return sum(len(p) for p in parts if _notice.search(p)) / sum(map(len, parts))
 
@@ -68,7 +64,7 @@ def error_page(doc):
     "What a server says in place of a page: 404, access denied, a cookie notice."
     if len(doc) <= NOTICE_CHARS and (s := notice_share(doc)) >= NOTICE_SHARE: return f"{s:.0%} of it are notices"
 
-# %% ../nbs/07e_clean.ipynb #605d2350
+# %% ../nbs/07e_clean.ipynb #c9f77bed
 DAMAGE_SHARE = 0.005
 _wrong = re.compile("[\x00-\x08\x0b\x0e-\x1f\x7f\x80-\x9f\ufffd\ud800-\udfff]")
 _c1252 = "".join(bytes([b]).decode("cp1252", "ignore") for b in range(128, 192)) + "\x81\x8d\x8f\x90\x9d"
@@ -85,7 +81,7 @@ def damage(doc):
     "Text that was decoded with the wrong table, or is not text."
     if (s := damage_share(doc)) >= DAMAGE_SHARE: return f"{s:.1%} of the characters are damaged"
 
-# %% ../nbs/07e_clean.ipynb #dcfd53a6
+# %% ../nbs/07e_clean.ipynb #75995ab7
 MARKUP_SHARE = 0.05
 _tags = """a abbr article aside b blockquote body br button center code dd div dl dt em footer font form h[1-6] head header hr html i
     iframe img input label li link main meta nav noscript ol option p pre ref script section select small span strong style sub sup
@@ -102,7 +98,7 @@ def markup(doc):
     "Prose with the web page or wiki page still around it."
     if (s := markup_share(doc)) >= MARKUP_SHARE and not is_code(doc): return f"{s:.0%} of the characters are markup"
 
-# %% ../nbs/07e_clean.ipynb #bdf486a0
+# %% ../nbs/07e_clean.ipynb #6f383a1b
 REPEATED, COMPRESSED, WORD = 0.8, 0.1, 20  # WORD: characters per word above which a text has no words worth counting
 
 def repeated_share(doc, n=5):
@@ -120,9 +116,8 @@ def repetitive(doc):
     if len(words) < 9 or len(set(words)) > (1 - REPEATED) * (len(words) - 4) + 4: return  # equation (7e.4)
     if (r := repeated_share(doc)) >= REPEATED: return f"{r:.0%} of its 5-word sequences came before"
 
-# %% ../nbs/07e_clean.ipynb #2030cdbd
-LETTERS, LETTERS_CODE = 0.5, 0.25
-BLOB_RUN, BLOB_SHARE, LONG_LINE, LONG_SHARE = 200, 0.2, 1000, 0.5
+# %% ../nbs/07e_clean.ipynb #1de564b6
+LETTERS, LETTERS_CODE, BLOB_RUN, BLOB_SHARE, LONG_LINE, LONG_SHARE = 0.5, 0.25, 200, 0.2, 1000, 0.5
 _blob = re.compile(rf"[A-Za-z0-9+/=_%-]{{{BLOB_RUN},}}")
 
 def few_letters(doc):
@@ -140,7 +135,7 @@ def blob(doc):
 FILTERS = {"error page": error_page, "too short": too_short, "damage": damage, "markup": markup,
            "few letters": few_letters, "blob": blob, "repetitive": repetitive}  # asked in this order
 
-# %% ../nbs/07e_clean.ipynb #9bc66c8b
+# %% ../nbs/07e_clean.ipynb #4a6cadda
 BASE, MIX = 0x9E3779B97F4A7C15, np.uint64(0xD6E8FEB86659FD93)
 BLOCK = 1 << 18  # characters that are worked on at once
 
@@ -152,7 +147,6 @@ def _powers():
     return np.multiply.accumulate(rows, axis=1)
 
 def _codes(text): return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
-
 def _prefix(codes):
     "P of equation (7e.6)."
     out = np.zeros(len(codes) + 1, np.uint64)
@@ -163,7 +157,7 @@ def _stretches(P, starts, stops):
     "h(start, stop) of equation (7e.6)."
     return (P[stops] - P[starts]) * _powers()[1, starts]
 
-# %% ../nbs/07e_clean.ipynb #5be3d878
+# %% ../nbs/07e_clean.ipynb #8c2804cc
 SHINGLE = 5  # words
 
 @lru_cache(1)
@@ -193,26 +187,24 @@ def _shingles(texts):
     for d in np.flatnonzero(np.diff(words) == 0): h[counts[:d].sum()] = zlib.crc32(low[d].encode("utf-8", "surrogatepass"))
     return (((h ^ (h >> np.uint64(32))) * MIX) >> np.uint64(32)).astype(np.uint32), counts
 
-# %% ../nbs/07e_clean.ipynb #a0792655
+# %% ../nbs/07e_clean.ipynb #a03fc5e5
 BANDS, ROWS = 14, 8
 _rng = np.random.default_rng(7)
 _A, _C = (_rng.integers(1 << 32, size=BANDS * ROWS, dtype=np.uint32) | np.uint32(k) for k in (1, 0))
 _W = _rng.integers(1 << 63, size=(BANDS, ROWS), dtype=np.uint64) | np.uint64(1)
 
-def signatures(
-    texts: list,  # documents
-):                # (D, K) uint32
+def signatures(texts: list) -> np.ndarray:  # (D, K) uint32
     "The smallest value of each of the K hash functions over the shingles of each document."
     out = np.full((len(texts), BANDS * ROWS), -1 % (1 << 32), np.uint32)
     for group in _blocks(texts):                      # a long document comes in pieces
         x, counts = _shingles([t for _, t in group])
-        firsts, y = np.cumsum(counts) - counts, np.empty_like(x)
-        least = np.empty((BANDS * ROWS, len(group)), np.uint32)
+        firsts, y, least = np.cumsum(counts) - counts, np.empty_like(x), np.empty((BANDS * ROWS, len(group)), np.uint32)
         for k, (a, c) in enumerate(zip(_A, _C)):
             np.multiply(x, a, out=y)
             y += c
             np.minimum.reduceat(y, firsts, out=least[k])
-        np.minimum.at(out, [d for d, _ in group], least.T)
+        which = [d for d, _ in group]
+        out[which] = np.minimum(out[which], least.T)
     return out
 
 def _blocks(docs, overlap=0):
@@ -230,32 +222,29 @@ def _blocks(docs, overlap=0):
             size += len(piece)
     if group: yield group
 
-# %% ../nbs/07e_clean.ipynb #e503fe1c
-class _Near:
-    "What is needed of the documents kept to know whether another is like one of them: about 0.3 KB each."
-    def __init__(self, near):
-        self.near, self.n, self.bytes = near, 0, []
-        self.slots, self.used = np.zeros(1 << 16, np.uint64), 0  # key << 32 | document + 1; 0 is free
-
-    def _at(self, keys): return (keys * np.uint64(BASE)) >> np.uint64(64 - (len(self.slots).bit_length() - 1))
+# %% ../nbs/07e_clean.ipynb #fa7f551d
+class _Table:
+    "From 32-bit keys to the number of the first document that entered them: key << 32 | document + 1; 0 is free."
+    def __init__(self): self.slots, self.used = np.zeros(1 << 16, np.uint64), 0
+    def _at(self, keys): return (keys * np.uint64(BASE)) >> np.uint64(65 - len(self.slots).bit_length())
 
     def put(self, keys, numbers):
-        "Enter keys with the numbers of their documents; a key that is there stays with the first."
+        "Enter keys with the numbers of their documents; the table doubles where it is more than 60% full."
         if 5 * (self.used + len(keys)) > 3 * len(self.slots):
             old, self.slots, self.used = self.slots, np.zeros(2 * len(self.slots), np.uint64), 0
-            for part in np.array_split(old, len(old) >> 16):
+            for part in np.array_split(old[old > 0] if len(old) < 1 << 20 else old, max(len(old) >> 16, 1)):
                 part = part[part > 0]
                 self.put(part >> np.uint64(32), (part & np.uint64(0xFFFFFFFF)) - np.uint64(1))
         at, entry = self._at(keys), keys << np.uint64(32) | numbers + np.uint64(1)
         while len(entry):
             free = self.slots[at] == 0
             self.slots[at[free]] = entry[free]          # of several at one slot, one is written
-            self.used += len(np.unique(at[free]))
             left = self.slots[at] >> np.uint64(32) != entry >> np.uint64(32)
+            self.used += np.count_nonzero(free & ~left)
             at, entry = (at[left] + np.uint64(1)) & np.uint64(len(self.slots) - 1), entry[left]
 
     def get(self, keys):
-        "The numbers of the documents that entered the keys; -1 where none did."
+        "The number of a document for each key; -1 where there is none."
         out, which, at = np.full(len(keys), -1), np.arange(len(keys)), self._at(keys)
         while len(which):
             found = self.slots[at]
@@ -265,15 +254,21 @@ class _Near:
             which, keys, at = which[on], keys[on], (at[on] + np.uint64(1)) & np.uint64(len(self.slots) - 1)
         return out
 
+# %% ../nbs/07e_clean.ipynb #2566b18b
+class _Near:
+    "What is needed of the documents kept to know whether another is like one of them: 0.3 to 0.6 KB each."
+    def __init__(self, near): self.near, self.n, self.bytes, self.table = near, 0, [], _Table()
+
     def similar(self, texts):
         "For each text the estimated similarity to a document kept before, or None; then it is kept itself."
         sig = signatures(texts)
         keys = ((sig.reshape(-1, BANDS, ROWS) * _W).sum(2) >> np.uint64(32)).astype(np.uint64)
-        low, old = sig.astype(np.uint8), self.get(keys.ravel()).reshape(keys.shape)
+        low, old = sig.astype(np.uint8), self.table.get(keys.ravel()).reshape(keys.shape)
         out, here, kept = [], {}, []                    # here: bands of this block
         for i, row in enumerate(keys.tolist()):
             seen = {n for n in old[i].tolist() if n >= 0} | {here[k] for k in row if k in here}
-            alike = max((((low[i] == self.bytes[n >> 12][n & 4095]).mean() - 1/256) / (1 - 1/256) for n in seen), default=0)
+            equal = max(((low[i] == self.bytes[n >> 12][n & 4095]).mean() for n in seen), default=0)
+            alike = (equal - 1/256) / (1 - 1/256)
             out.append(alike if alike >= self.near else None)
             if alike >= self.near: continue
             if self.n % 4096 == 0: self.bytes.append(np.empty((4096, BANDS * ROWS), np.uint8))
@@ -281,10 +276,10 @@ class _Near:
             for k in row: here.setdefault(k, self.n)
             kept.append(i)
             self.n += 1
-        if kept: self.put(keys[kept].ravel(), np.repeat(np.arange(self.n - len(kept), self.n, dtype=np.uint64), BANDS))
+        self.table.put(keys[kept].ravel(), np.repeat(np.arange(self.n - len(kept), self.n, dtype=np.uint64), BANDS))
         return out
 
-# %% ../nbs/07e_clean.ipynb #a6500d29
+# %% ../nbs/07e_clean.ipynb #39df38b5
 def _short(text, n=90):
     "The beginning of a text on one line."
     text = " ".join(text[:4 * n].split())
@@ -295,7 +290,6 @@ def _size(doc): return len(doc) if doc.isascii() else len(doc.encode("utf-8", "s
 class Report:
     "What `clean` kept and what it dropped: documents and bytes by reason, with up to three examples of each."
     def __init__(self): self.kept, self.dropped, self.examples = [0, 0], {}, {}
-
     def add(self, doc, name=None, why=""):
         "Count a document: kept, or dropped under a name."
         count = self.kept if name is None else self.dropped.setdefault(name, [0, 0])
@@ -303,8 +297,7 @@ class Report:
         count[1] += _size(doc)
         if name is not None and len(shown := self.examples.setdefault(name, [])) < 3: shown.append((why, _short(doc)))
 
-    @property
-    def total(self) -> list: return [sum(c) for c in zip(self.kept, *self.dropped.values())]  # [documents, bytes]
+    total = property(lambda self: [sum(c) for c in zip(self.kept, *self.dropped.values())])  # [documents, bytes]
 
     def rows(self):
         "Name, documents, bytes, share of the bytes; most documents first."
@@ -328,20 +321,15 @@ class Report:
                 + "<br>".join(cell(*e) for e in self.examples.get(name, [])) + "</td></tr>" for name, n, size, share in self.rows()]
         return "<table><tr><th></th><th>documents</th><th>bytes</th><th>share</th><th>the first</th></tr>" + "".join(rows) + "</table>"
 
-# %% ../nbs/07e_clean.ipynb #e1b9a83c
+# %% ../nbs/07e_clean.ipynb #44dc855d
 def _chosen(filters):
     "The filters asked for, as a dict."
     if filters is None: return FILTERS
     if isinstance(filters, dict): return filters
     for name in (filters := [filters] if isinstance(filters, str) else list(filters)):
-        if name not in FILTERS: raise UserError(f"there is no filter {name!r}; there are {', '.join(FILTERS)}.{did_you_mean(str(name), FILTERS)}")
+        if name not in FILTERS:
+            raise UserError(f"there is no filter {name!r}; use {', '.join(FILTERS)}.{did_you_mean(str(name), FILTERS)}")
     return {name: FILTERS[name] for name in filters}
-
-def _bar(progress, what):
-    "A bar in a terminal or a notebook, elsewhere a line every ten seconds; nothing for what is done in a second."
-    seen = sys.stderr.isatty() or "ipykernel" in sys.modules
-    return tqdm(desc=what, unit="B", unit_scale=True, file=sys.stderr, leave=False, disable=progress is False,
-                delay=1 if seen else 10, mininterval=0.2 if seen else 10)
 
 def clean(
     docs,                        # an iterable of str, read once
@@ -352,19 +340,23 @@ def clean(
 ):                               # an iterator over the documents kept, in their order
     "The documents worth training on: no error pages, markup, damage, repetition or duplicates."
     filters = _chosen(filters)
-    if isinstance(docs, (str, Path)): raise UserError(f"clean takes documents, not one {type(docs).__name__}; for a source: clean(documents({str(docs)[:40]!r})).")
+    if isinstance(docs, str) or not hasattr(docs, "__iter__"):
+        raise UserError(f"clean takes documents, not one {type(docs).__name__}; for a source: clean(documents({str(docs)[:40]!r})).")
     if near is not None and not 0 < near <= 1: raise UserError(f"near is {near}; it is a similarity above 0 and at most 1, or None.")
     return _clean(docs, filters, near, Report() if report is None else report, report is None, progress)
 
+# %% ../nbs/07e_clean.ipynb #d7f86b30
 def _clean(docs, filters, near, report, tell, progress):
-    seen, mind, bar = set(), None if near is None else _Near(near), _bar(progress, "clean")
+    slow = 1 if sys.stderr.isatty() or "ipykernel" in sys.modules else 10  # elsewhere a line every ten seconds
+    bar = tqdm(desc="clean", unit="B", unit_scale=True, leave=False, disable=not progress, delay=slow, mininterval=slow)
+    seen, mind = set(), None if near is None else _Near(near)
     try:
         for group in ([doc for _, doc in g] for g in _blocks(docs, None)):
             verdicts = [_verdict(doc, filters, seen) for doc in group]
             if mind:
                 left = [i for i, v in enumerate(verdicts) if v is None]
                 for i, s in zip(left, mind.similar([group[i] for i in left]) if left else []):
-                    if s is not None: verdicts[i] = "near duplicate", f"about {s:.0%} of its {SHINGLE}-word sequences came in one document before"
+                    if s is not None: verdicts[i] = "near duplicate", f"{s:.0%} alike with a document kept before (estimate)"
             for doc, v in zip(group, verdicts):
                 report.add(doc, *(v or ()))
                 if v is None: yield doc
@@ -381,7 +373,7 @@ def _verdict(doc, filters, seen):
     if key in seen: return "exact duplicate", "came before, character for character"
     seen.add(key)
 
-# %% ../nbs/07e_clean.ipynb #2942acbd
+# %% ../nbs/07e_clean.ipynb #8079d827
 def _windows(texts, n):
     "h of the n characters from each character on, and where each text begins; no window holds parts of two texts that any text has."
     sizes = np.array([len(t) + 1 for t in texts])
@@ -394,7 +386,7 @@ def _windows(texts, n):
     out[at[short]] = _stretches(P, at[short], at[short] + sizes[short] - 1)  # a shorter text is one window
     return out, at
 
-# %% ../nbs/07e_clean.ipynb #0fa71c99
+# %% ../nbs/07e_clean.ipynb #f7f48a73
 class _Leak:
     "Knows the windows of the validation set, sees the training set pass, and says which of them came by."
     def __init__(self, val, n):
@@ -426,23 +418,24 @@ class _Leak:
             at = np.minimum(np.searchsorted(self.keys, h), len(self.keys) - 1)
             self.hit[at[self.keys[at] == h]] = True
 
-    def result(self):
-        "Shares of the validation set, and the longest stretches that stand in both."
-        inside = [np.zeros(len(d) + 1, np.int32) for d in self.val]
-        for d, begin, hit in zip(self.owner, self.start, np.split(self.hit[self.which], np.cumsum(self.sizes)[:-1])):
-            i = begin + np.flatnonzero(hit)
-            inside[d][i] += 1                                               # windows that begin here, less those that end
-            np.subtract.at(inside[d], np.minimum(i + self.n, len(self.val[d])), 1)
-        inside = [np.cumsum(e[:-1]) > 0 for e in inside]
-        common = np.array([e.sum() for e in inside])
-        sizes = np.array([len(d) for d in self.val])
-        longest = []
-        for d in np.argsort(-common, kind="stable")[:3][:np.count_nonzero(common)]:
-            a, b = np.flatnonzero(np.diff(inside[d].astype(np.int8), prepend=0, append=0)).reshape(-1, 2).T
-            i = (b - a).argmax()
-            longest.append(dict(document=int(d), characters=int(b[i] - a[i]), text=_short(self.val[d][a[i]:b[i]])))
-        return dict(n=self.n, characters=float(common.sum() / sizes.sum()), documents=float((common > 0).mean()),
-                    most=float((common >= 0.8 * sizes).mean()), longest=longest)
+# %% ../nbs/07e_clean.ipynb #34468b2e
+def _found(known):
+    "Shares of the validation set, and the longest stretches that stand in both."
+    inside = [np.zeros(len(d) + 1, np.int32) for d in known.val]
+    for d, begin, hit in zip(known.owner, known.start, np.split(known.hit[known.which], np.cumsum(known.sizes)[:-1])):
+        i = begin + np.flatnonzero(hit)
+        inside[d][i] += 1                                               # windows that begin here, less those that end
+        np.subtract.at(inside[d], np.minimum(i + known.n, len(known.val[d])), 1)
+    inside = [np.cumsum(e[:-1]) > 0 for e in inside]
+    common = np.array([e.sum() for e in inside])
+    sizes = np.array([len(d) for d in known.val])
+    longest = []
+    for d in np.argsort(-common, kind="stable")[:3][:np.count_nonzero(common)]:
+        a, b = np.flatnonzero(np.diff(inside[d].astype(np.int8), prepend=0, append=0)).reshape(-1, 2).T
+        i = (b - a).argmax()
+        longest.append(dict(document=int(d), characters=int(b[i] - a[i]), text=_short(known.val[d][a[i]:b[i]])))
+    return dict(n=known.n, characters=float(common.sum() / sizes.sum()), documents=float((common > 0).mean()),
+                most=float((common >= 0.8 * sizes).mean()), longest=longest)
 
 def leak(
     train,        # documents of the training set: an iterable of str, read once, never held
@@ -452,4 +445,4 @@ def leak(
     "How much of the validation set stands word for word in the training set."
     known = _Leak(val, n)
     known.see([train] if isinstance(train, str) else train)
-    return known.result()
+    return _found(known)

@@ -53,6 +53,13 @@ class Tokens:
     @cached_property
     def n_bytes(self) -> int: return int(self.doc_bytes.sum())
 
+    def sha256(self) -> str:
+        "Of the ids, the starts and the weights, read in pieces: what was trained on."
+        digest = hashlib.sha256()
+        for a in (self.ids, self.starts, self.weights):
+            for i in range(0, 0 if a is None else len(a), 1 << 22): digest.update(np.ascontiguousarray(a[i:i + (1 << 22)]))
+        return digest.hexdigest()
+
     def require(self, ctx):
         "Complain about a corpus that does not fill one context of `ctx` tokens; training calls this."
         if self.n_tokens < ctx:
@@ -149,6 +156,7 @@ def _encode(block, tok, at):
     arrays = [one(i, *d) for i, d in enumerate(block, at)]
     return np.concatenate(arrays), np.array([len(a) for a in arrays]), np.array(sizes), weights
 
+# %% ../nbs/07f_corpus.ipynb #968791a0
 def _blocks(docs):
     "(number of its first document, block) of 1,000 documents or 2 million characters."
     block, size, at = [], 0, 0
@@ -246,6 +254,7 @@ def _write(path, dtype, blocks, rest, tok):
                   predictions=arrays["ids"]["count"] - n, bytes=int(found["doc_bytes"].sum()), arrays=arrays)
     write_file(head, json.dumps(header, indent=1))
 
+# %% ../nbs/07f_corpus.ipynb #d295c0d0
 def _put_behind(f, dtype, found):
     "Write the small arrays behind the ids, each at a multiple of 8; what lies where."
     arrays = dict(ids=dict(dtype=np.dtype(dtype).name, count=f.tell() // np.dtype(dtype).itemsize, offset=0))
@@ -286,13 +295,14 @@ def _mapped(body, arrays):
         if a["dtype"] not in kinds[name]: raise ValueError(f"{name} of type {a['dtype']}")
     maps = {n: np.memmap(body, a["dtype"], "r", a["offset"], (a["count"],)) for n, a in arrays.items()}
     ids, starts, doc_bytes, weights = maps["ids"], maps["starts"], maps["doc_bytes"], maps.get("weights")
-    if (starts[0], starts[-1], len(starts)) != (0, len(ids), len(doc_bytes) + 1): raise ValueError("the arrays do not fit together")
+    if (starts[0], starts[-1], len(starts)) != (0, len(ids), len(doc_bytes) + 1):
+        raise ValueError("the arrays do not fit together")
     if weights is not None and len(weights) != len(ids): raise ValueError("the weights do not fit the ids")
     return ids, starts, doc_bytes, weights
 
 # %% ../nbs/07f_corpus.ipynb #e668043c
 def tokenize(
-    docs,         # documents: iterable of str, or of (ids, weights) pairs as `tok.chat` returns them; or a function that opens it
+    docs,         # documents: iterable of str, or of (ids, weights) pairs from `tok.chat`; or a function that opens it
     tok,          # Tokenizer
     path=None,    # write PATH.bin and PATH.json and return a memory map; None: keep all in memory
     cache=None,   # a folder: open the corpus of these documents and this tokenizer there, or make it
@@ -301,7 +311,8 @@ def tokenize(
 ) -> Tokens:
     "Documents to ids, each with the token that begins and the token that ends it."
     if tok.eos is None: raise UserError("this tokenizer has no token that ends a document (eos_token).")
-    if not isinstance(workers, int) or workers < 0: raise UserError(f"workers is {workers!r}; it must be a whole number, at least 0.")
+    if not isinstance(workers, int) or workers < 0:
+        raise UserError(f"workers is {workers!r}; it must be a whole number, at least 0.")
     if isinstance(docs, str): docs = [docs]
     if cache is None: return _tokenize(docs() if callable(docs) else docs, tok, path, workers, quiet)
     if path is not None: raise UserError("give path or cache, not both: a cache names its files itself.")
@@ -316,7 +327,9 @@ def tokenize(
     except UserError: pass                     # missing or damaged: made anew
     return _tokenize(docs() if callable(docs) else docs, tok, path, workers, quiet, content)
 
+# %% ../nbs/07f_corpus.ipynb #c5999c64
 def _tokenize(docs, tok, path, workers, quiet, content=None):
+    "The work itself; `content` is what the documents were when they were looked at before."
     lengths, sizes, weights, digest = [], [], {}, hashlib.sha256()   # weights: of those documents that bring some
     progress = _Progress(docs, quiet)
     def blocks():

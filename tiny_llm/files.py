@@ -86,10 +86,11 @@ def _not_text(path, coding, head, at, line, byte):
     if coding[:5] != "utf-8": said = f"not {coding.upper()}, as its byte order mark says ({place})"
     elif kind: said = f"a binary file ({place}), it looks like {kind}"
     elif byte: said = f"not UTF-8 ({place}){convert('latin1')}"
-    elif share > 0.2: said = f"UTF-16 without a byte order mark ({place}){convert(wide)}"
+    elif share > 0.4: said = f"UTF-16 without a byte order mark ({place}){convert(wide)}"
     else: said = f"a binary file ({place}); give UTF-8 text, {', '.join(ROWS)}"
     return UserError(f"{path} is {said}.")
 
+# %% ../nbs/06d_files.ipynb #f32c33cd
 def read_text(
     path,    # of a text file, plain or packed
 ):           # iterator of str, the pieces of the text
@@ -203,6 +204,7 @@ def json_rows(
         more = "" if by_line or said != "Extra data" else "; if each line is a value, name it .jsonl"
         raise UserError(f"{path} is no valid JSON: {said} in line {line}{more}.") from None
 
+# %% ../nbs/06d_files.ipynb #08272579
 def csv_rows(
     path,      # of the file, for messages
     pieces,    # its text, as `read_text` gives it
@@ -219,6 +221,7 @@ def csv_rows(
         raise UserError(f"{path} is no valid CSV: {e}, in the row that begins in line {n + 1}; "
                         'a quote inside a quoted field is written twice ("").') from None
 
+# %% ../nbs/06d_files.ipynb #d3603442
 def parquet_rows(
     path,            # of a .parquet file, plain or packed
     column=None,     # which column holds the text; None: one of COLUMNS, or the only one

@@ -143,8 +143,8 @@ _tile = ('<span title="{title}" style="background:{tint};color:black;border-radi
 _small = '<span style="font-size:70%">{}</span>'
 
 @patch
-def _tiles(self: Merges, text, k):
-    "The tiles of a text after k merges: HTML."
+def tiles(self: Merges, text, k):
+    "A text after k merges as HTML: a tile for each token, a colour for each chunk."
     tiles = []
     for n, chunk in enumerate(self.cut(text)):
         for token in self.chunk_pieces(chunk, k):
@@ -156,8 +156,8 @@ def _tiles(self: Merges, text, k):
             title = f"id {self.vocab.get(token, '?')}" + (f", merge {rank + 1:,}" if rank is not None else "")
             tiles.append(_tile.format(title=title, tint=TINTS[n % 4], text=shown))
             if isinstance(what, str) and "\n" in what: tiles.append("<br>")
-    return ('<div class="tiny-llm-tokens" style="font-family:monospace;line-height:1.8;overflow-wrap:anywhere;'
-            f'direction:ltr">{"".join(tiles)}</div>')
+    style = "font-family:monospace;line-height:1.8;overflow-wrap:anywhere;direction:ltr"
+    return f'<div class="tiny-llm-tokens" style="{style}">{"".join(tiles)}</div>'
 
 # %% ../nbs/07c_playground.ipynb #11081409
 @patch
@@ -178,24 +178,27 @@ def facts(self: Merges,
 def _quoted(what):
     "A piece as HTML text."
     if isinstance(what, bytes): what = what.hex(" ").upper()
-    return f'<span style="background:{TINTS[4]};color:black;padding:0 3px;border-radius:3px">{visible(what)}</span>'
+    style = f"background:{TINTS[4]};color:black;padding:0 3px;border-radius:3px"
+    return f'<span style="{style}">{visible(what)}</span>'
 
 @patch
 def _facts(self: Merges, text, k):
     "The counts as HTML."
     f = self.facts(text, k)
-    said = f"<b>{f['tokens']:,}</b> tokens, {f['bytes']:,} bytes, <b>{f['bytes_per_token']:.2f}</b> bytes per token"
+    said = (f"<b>{f['tokens']:,}</b> tokens, {f['bytes']:,} bytes, "
+            f"<b>{f['bytes_per_token']:.2f}</b> bytes per token")
     if k:
         a, b = map(_quoted, f["last"])
         said += (f"<br>merge {k:,} of {len(self):,}: {a} + {b} → {_quoted(f['makes'])}, "
-                 f"saves {f['saves']:,} tokens here")
+                 f"saves {f['saves']:,} token{'s' * (f['saves'] != 1)} here")
     else: said += f"<br>no merge of {len(self):,}: only the alphabet"
     return f'<div class="tiny-llm-facts" style="margin:6px 0;line-height:1.6">{said}</div>'
 
 # %% ../nbs/07c_playground.ipynb #1068b9b2
 _curve = """<svg class="tiny-llm-curve" viewBox="0 0 600 96" style="width:100%;max-width:600px" role="img"
 aria-label="tokens against merges, {now} tokens at {k} merges"><polyline points="{points}" fill="none"
-stroke="#0072B2" stroke-width="2"/><line x1="{x:.1f}" x2="{x:.1f}" y1="4" y2="80" stroke="currentColor" opacity=".4"/>
+stroke="#0072B2" stroke-width="2"/>
+<line x1="{x:.1f}" x2="{x:.1f}" y1="4" y2="80" stroke="currentColor" opacity=".4"/>
 <circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="#D55E00"/><g fill="currentColor" font-size="11"
 font-family="sans-serif"><text x="4" y="92">0 merges</text><text x="596" y="92" text-anchor="end">{n:,}</text>
 <text x="300" y="92" text-anchor="middle">tokens of this text: {first:,} to {last:,}</text></g></svg>"""
@@ -207,7 +210,8 @@ def _picture(self: Merges, text, k):
     at = lambda k: 4 + 592 * math.log1p(k) / math.log1p(max(n, 1))
     up = lambda v: 78 - 70 * v / max(lengths[0], 1)
     turns = [0, *(np.flatnonzero(np.diff(lengths)) + 1).tolist()]
-    points = [f"{at(t):.1f},{up(lengths[max(s, 0)]):.1f}" for t in turns for s in (t - 1, t)] + [f"{at(n):.1f},{up(lengths[n]):.1f}"]
+    corners = [(t, max(s, 0)) for t in turns for s in (t - 1, t)] + [(n, n)]
+    points = [f"{at(t):.1f},{up(lengths[s]):.1f}" for t, s in corners]
     return _curve.format(points=" ".join(points), x=at(k), y=up(lengths[k]), now=lengths[k], k=k, n=n,
                          first=int(lengths[0]), last=int(lengths[n]))
 
@@ -247,21 +251,24 @@ def _make(self: Playground, W):
     n, words = len(self.merges), dict(description_width="initial")
     self.entry = W.Textarea(self._text, rows=3, layout=dict(width="auto"), continuous_update=True)
     self.slider = W.IntSlider(self._k, 0, n, description="merges", layout=dict(flex="1 1 auto"), style=words)
-    self.back = W.Button(description="◀", tooltip="the last merge that changed this text", layout=dict(width="44px"))
-    self.next = W.Button(description="▶", tooltip="the next merge that changes this text", layout=dict(width="44px"))
+    button = lambda sign, tip: W.Button(description=sign, tooltip=tip, layout=dict(width="44px"))
+    self.back = button("◀", "the last merge that changed this text")
+    self.next = button("▶", "the next merge that changes this text")
     self.tiles, self.facts, self.picture = W.HTML(), W.HTML(), W.HTML()
-    self.box = W.VBox([self.entry, W.HBox([self.slider, self.back, self.next]), self.facts, self.tiles, self.picture])
+    self.box = W.VBox([self.entry, W.HBox([self.slider, self.back, self.next]),
+                       self.facts, self.tiles, self.picture])
     self.box.add_class("tiny-llm-playground")
-    self.entry.observe(lambda change: self._set(text=change["new"]), "value")
+    self.entry.observe(lambda change: self._typed(change["new"]), "value")
     self.slider.observe(lambda change: self._set(k=change["new"]), "value")
     self.back.on_click(lambda _: self.jump(-1))
     self.next.on_click(lambda _: self.jump(1))
 
+# %% ../nbs/07c_playground.ipynb #f89987f8
 @patch
 def _set(self: Playground, text=None, k=None):
     "Change the text or the number of merges, here and on the screen."
     if text is not None:
-        if not self.box: self.merges.cut(text)
+        self.merges.cut(text)  # complains about what is no text
         self._text = text
         if self.box and self.entry.value != text: self.entry.value = text
     if k is not None:
@@ -270,18 +277,22 @@ def _set(self: Playground, text=None, k=None):
     if self.box: self._show()
 
 @patch
+def _typed(self: Playground, text):
+    "What came from the box: an error is shown there."
+    try: self._set(text=text)
+    except UserError as e: self.facts.value = html.escape(str(e))
+
+@patch
 def _show(self: Playground):
-    "Bring tiles, counts and curve up to date; what is no text is said, not raised."
-    try: parts = self._parts(self.k)
-    except UserError as e: parts = f'<div class="tiny-llm-facts">{html.escape(str(e))}</div>', "", ""
-    self.facts.value, self.tiles.value, self.picture.value = parts
+    "Bring tiles, counts and curve up to date."
+    self.facts.value, self.tiles.value, self.picture.value = self._parts(self.k)
 
 @patch
 def _parts(self: Playground, k):
     "(counts, tiles, curve) as HTML."
     m, s = self.merges, self.shown
-    more = f"<div>The first {LIMIT:,} of {len(self.text):,} characters.</div>" if len(self.text) > LIMIT else ""
-    return m._facts(s, k) + more, m._tiles(s, k), m._picture(s, k)
+    more = f"<div>The first {LIMIT:,} of {len(self.text):,} characters.</div>"
+    return m._facts(s, k) + more * (len(self.text) > LIMIT), m.tiles(s, k), m._picture(s, k)
 
 # %% ../nbs/07c_playground.ipynb #11de9e0f
 @patch
@@ -304,7 +315,8 @@ def static(self: Playground) -> str:
     "The text after none, few, many and all merges, and the curve: HTML for pages without a kernel."
     n = len(self.merges)
     some = sorted({0, round(n**0.5), round(n**0.75), n, self.k})
-    return "".join(f"<div><b>{k:,} merges</b>{''.join(self._parts(k)[:2])}</div>" for k in some) + self._parts(self.k)[2]
+    rows = ['<div style="margin:0 0 12px">' f"<b>{k:,} merges</b>{''.join(self._parts(k)[:2])}</div>" for k in some]
+    return "".join(rows) + self._parts(self.k)[2]
 
 @patch
 def _repr_mimebundle_(self: Playground, include=None, exclude=None, **kwargs):
@@ -317,7 +329,7 @@ def _repr_mimebundle_(self: Playground, include=None, exclude=None, **kwargs):
 TEXT = "Once upon a time there was a fox who could not sleep.\nAt 10:45 she said, \"naïve café\" and नमस्ते."
 
 def playground(
-    docs=None,               # list of str to learn merges from; or a Tokenizer, or the path of a tokenizer.json or its folder; None: 600 stories
+    docs=None,               # list of str to learn from, a Tokenizer, or the path of one; None: 600 stories
     text: str = TEXT,        # what stands in the box at first
     vocab_size: int = 1024,  # tokens to learn, where docs are given
 ) -> Playground:

@@ -346,13 +346,13 @@ def stories(
     return out
 
 # %% ../nbs/06_stories.ipynb #867eb6cc
-SORTS = dict(names="name girl boy", things="thing toy clothing tool food", colours="colour", places="land place home spot",
-             traits="trait look", feelings="happy sad angry scared", deeds="manner moved game",
-             others="animal family job", times="season number day time sound")       # sort of choice -> kinds of word
+SORTS = dict(names="name girl boy", things="thing toy clothing tool food", colours="colour",  # sort -> kinds of word
+             places="land place home spot", traits="trait look", feelings="happy sad angry scared",
+             deeds="manner moved game", others="animal family job", times="season number day time sound")
 SORT = {kind: sort for sort, kinds in SORTS.items() for kind in kinds.split()}
-TURNS = {PLOTS[0][1]: "plot", "{trait:tr.a} girl named {girl:a}.": "hero"}            # first of some lines -> sort
+TURNS = {PLOTS[0][1]: "plot", "{trait:tr.a} girl named {girl:a}.": "hero"}  # first of some lines -> sort
 TURNS |= dict.fromkeys(['"The {c} {x} is mine!" said {a}.', "{a} thought of the promise and said no.",
-                        "{b} took the {c} {x} and put it in the {spot:r}."], "turn")  # of all others: wording
+                        "{b} took the {c} {x} and put it in the {spot:r}."], "turn")  # all others: wording
 
 # %% ../nbs/06_stories.ipynb #0dedba77
 class Ledger(Teller):
@@ -360,7 +360,7 @@ class Ledger(Teller):
     def __init__(self, rng=None):
         super().__init__(rng)
         self.choices = []          # (number of the line, sort, nats)
-        self.times, self.spent, self.copies = Counter(), Counter(), Counter()   # choices, nats by sort; copies by kind
+        self.times, self.spent, self.copies = Counter(), Counter(), Counter()  # number, nats by sort; copies by kind
 
     def count(self, i, n, weights=None):
         before = self.nats

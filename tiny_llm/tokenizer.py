@@ -108,7 +108,7 @@ def _asked(self: Tokenizer, text, wanted):
 
 @patch
 def _apart(self: Tokenizer, text):
-    "Ids where the vocabulary's own pieces would make a special token: each is cut behind its first character."
+    "Ids where the vocabulary's own pieces would make a special token: each is cut after one character."
     pattern = "|".join(map(re.escape, self._spelt))
     at = [m.start() + 1 for m in re.finditer(f"(?={pattern})", text)]
     parts = [text[i:j] for i, j in zip([0, *at], [*at, None])]
@@ -118,7 +118,7 @@ def _apart(self: Tokenizer, text):
 @patch
 def encode(self: Tokenizer,
     text: str,      # any text
-    special=False,  # text that spells a special token becomes it: False, never; True, always; or a set of those meant
+    special=False,  # read what spells special tokens as such: False, none; True, all; or a set of those meant
 ) -> list:          # ids
     "The ids of a text, nothing added in front or behind."
     try:
@@ -135,7 +135,8 @@ def encode_batch(self: Tokenizer,
 ) -> list:          # list of lists of ids
     "The ids of many texts, on all cores."
     texts = list(texts)
-    if special not in (True, False) or self._spelt and not special: return [self.encode(t, special) for t in texts]
+    if special not in (True, False) or self._spelt and not special:
+        return [self.encode(t, special) for t in texts]
     tk = self._control if special else self.tk
     try: return [e.ids for e in tk.encode_batch_fast(texts, add_special_tokens=False)]
     except (TypeError, UnicodeError):
@@ -178,7 +179,9 @@ def train_tokenizer(
                                   show_progress=False,
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     def checked():
-        for d in docs: _utf8(d); yield from _between(d, SPECIALS)  # what spells a special token teaches nothing
+        for d in docs:
+            _utf8(d)
+            yield from _between(d, SPECIALS)  # what spells a special token teaches nothing
     tk.train_from_iterator(checked(), trainer)
     if (got := tk.get_vocab_size()) < vocab_size:
         warnings.warn(f"the corpus is too small for {vocab_size} tokens: after {got} no pair of tokens occurs "
@@ -244,7 +247,7 @@ def _check_messages(messages):
 
 # %% ../nbs/07_tokenizer.ipynb #b421c6ea
 def _plain(text, specials):
-    "The text with every special token's spelling broken after its first character: by a space if that is in none of them."
+    "The text with each special token's spelling broken after its first character, by what is in none of them."
     long = [t for t in specials if len(t) > 1]
     gap = next(c for c in chain(" _-.,", map(chr, range(0x2060, 0x10000))) if not any(c in t for t in long))
     for t in long:

@@ -445,7 +445,6 @@ def plan(
         seconds = 60 * s["minutes"] * 0.9 - (20 if s["compile"] else 0)     # the rest goes to evaluations, saves and compiling
         tried.append(dict(preset=name, params=n_params(model), tokens_per_s=rate, ratio=rate * seconds / n_params(model), s=s, tokens=int(rate * seconds)))
         if tried[-1]["ratio"] < ratio: break
-    t = next((t for t in reversed(tried) if t["ratio"] >= ratio), tried[0])
-    s = t["s"]
+    s = (t := next((t for t in reversed(tried) if t["ratio"] >= ratio), tried[0]))["s"]
     return Plan(t["preset"], t["params"], s["ctx"], s["batch"], t["tokens"] // (s["batch"] * s["ctx"]), t["tokens"], t["tokens_per_s"], s["dtype"], bool(s["compile"]),
                 [{k: x[k] for k in ("preset", "params", "tokens_per_s", "ratio")} for x in tried])
