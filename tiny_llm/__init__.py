@@ -16,7 +16,7 @@ _home = {name: module for module, names in {
     "model":     "ModelConfig Transformer count_params counted_flops flops_per_token preset presets",
     "families":  "family from_hf to_hf",
     "weights":   "open_gguf open_llama2c",
-    "stories":   "Story stories",
+    "stories":   "Story floor_shares stories",
     "judge":     "parse surprisals",
     "talk":      "conversations fulfilled",
     "tokenizer": "Tokenizer train_tokenizer",
