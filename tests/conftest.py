@@ -19,6 +19,21 @@ def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="run the tests marked slow too")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    "Two workers where there are two cores, unless the command line chose (`-n 0`: none), looks for a bug, or only lists."
+    given = config.option
+    if "PYTEST_XDIST_WORKER" in os.environ: return    # this is one of the two
+    if getattr(given, "numprocesses", 0) is not None or given.usepdb or given.collectonly or given.capture == "no": return
+    given.numprocesses, given.dist = min(2, os.cpu_count() or 1), "loadgroup"
+
+
+def pytest_collection_modifyitems(items):
+    "Workers share the notebooks one by one; the tests of every other file stay together, in order: some build on those before them."
+    for item in items:
+        if item.path.stem != "test_notebooks": item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
+
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes minutes; left out unless --slow or -m is given")
     if not config.option.markexpr and not config.getoption("--slow"): config.option.markexpr = "not slow"
