@@ -284,10 +284,9 @@ def config(self: Training,
 ) -> dict:
     "All that is needed to repeat the run."
     ids = self.batches.tokens
-    parts = (ids.ids, ids.starts, ids.weights)
     return dict(settings=self.settings, model=asdict(self.model.cfg), tokenizer=self.tok.hash, floor=self.floor,
                 data=dict(source=source, documents=len(ids), tokens=ids.n_tokens, bytes=ids.n_bytes, held_out=0 if self.val is None else len(self.val),
-                          sha256=sha256(b"".join(a.tobytes() for a in parts if a is not None))),
+                          sha256=ids.sha256()),
                 made_with=dict(python=sys.version.split()[0], torch=torch.__version__, threads=torch.get_num_threads(), device=str(self.model.device)))
 
 @patch
