@@ -103,6 +103,7 @@ class Training:
     ):
         s = self.settings = settings
         tokens.require(s["ctx"])
+        if folder: family(model.cfg)     # what no class of transformers computes could not be saved
         self.model, self.tok, self.folder, self.val, self.floor = model, tok, folder, val, floor
         self.clock = clock or Clock(steps=1)
         self.step = self.tokens = self.best_step = 0    # steps done; predictions learnt from
@@ -371,7 +372,6 @@ def train(
     check_settings(dict(log_every=log_every, eval_every=eval_every, save_every=save_every, stop_at=stop_at))
     began, folder, device = time.perf_counter(), out and Path(out), pick_device(device)
     past = past_run(folder, resume) or dict(settings=None, data={})
-    if folder: family(model.cfg)   # a model that no class of transformers computes could not be saved
     s = settle(dict(minutes=minutes, steps=steps, batch=batch, ctx=ctx, lr=lr, optimizer=optimizer, weight_decay=weight_decay, warmup=warmup,
                     decay=decay, clip=clip, seed=seed, dtype=dtype, compile=compile), past["settings"], model, folder, device)
     if docs is None: docs = past["data"].get("source") or "stories"
