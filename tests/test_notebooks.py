@@ -1,6 +1,5 @@
 "Every notebook is a test of its own: nbdev_test runs its cells from top to bottom in a fresh process."
-import os, re, sys
-from concurrent.futures import ThreadPoolExecutor
+import re, sys
 
 import pytest
 
@@ -29,21 +28,17 @@ def nbdev_test(path, tree, *options, timeout=5*LIMIT):
 
 
 @pytest.fixture(scope="module")
-def results(request, tree):
-    "The notebooks that are to be tested run two at a time, on one thread each, while the tests wait for them in order."
-    paths = [i.callspec.params["path"] for i in request.session.items if i.name.startswith("test_notebook[")]
+def room(tree):
+    "The tree in which notebooks run; none may leave a file behind."
     before = set(files(tree))
-    workers = 1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1)
-    with ThreadPoolExecutor(workers) as pool:
-        yield {path: pool.submit(nbdev_test, path, tree) for path in paths}
-        pool.shutdown(cancel_futures=True)
+    yield tree
     left = set(files(tree)) - before
     assert not left, f"notebooks left files behind: {sorted(left)}"
 
 
 @pytest.mark.parametrize("path", notebooks(), ids=lambda p: p.stem)
-def test_notebook(path, results):
-    seconds = results[path].result()
+def test_notebook(path, room):
+    seconds = nbdev_test(path, room)
     assert seconds <= LIMIT, f"{path.name} took {seconds:.0f} s of processor time; {LIMIT} s is the limit"
 
 
