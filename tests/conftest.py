@@ -28,6 +28,7 @@ def pytest_cmdline_main(config):
     given.numprocesses, given.dist = min(2, os.cpu_count() or 1), "loadgroup"
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     "Workers share the notebooks one by one; the tests of every other file stay together, in order: some build on those before them."
     for item in items:
