@@ -25,14 +25,16 @@ def pytest_cmdline_main(config):
     given = config.option
     if "PYTEST_XDIST_WORKER" in os.environ: return    # this is one of the two
     if getattr(given, "numprocesses", 0) is not None or given.usepdb or given.collectonly or given.capture == "no": return
-    given.numprocesses, given.dist = min(2, os.cpu_count() or 1), "loadgroup"
+    given.numprocesses, given.dist = min(2, os.cpu_count() or 1), "loadscope"
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
     "Workers share the notebooks one by one; the tests of every other file stay together, in order: some build on those before them."
-    for item in items:
-        if item.path.stem != "test_notebooks": item.add_marker(pytest.mark.xdist_group(item.path.stem))
+    from xdist.scheduler import LoadScopeScheduling
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid): return nodeid if "test_notebooks" in nodeid else nodeid.split("::")[0]
+    return ByFile(config, log)
 
 
 def pytest_configure(config):
