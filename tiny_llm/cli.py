@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['quickstart', 'data', 'train_rows', 'read_text', 'train', 'settings', 'generate', 'chat', 'as_messages',
-           'read_conversations', 'finetune', 'eval_', 'run_folders', 'plot', 'info_rows', 'info', 'commands', 'main']
+           'read_conversations', 'finetune', 'eval_', 'run_folders', 'plot', 'info_rows', 'facts', 'info', 'commands',
+           'main']
 
 # %% ../nbs/21_cli.ipynb #8df62ff4
 import json, sys
@@ -327,14 +328,10 @@ def info_rows(
                                    f"in bfloat16 {use[1]['weights']} and {use[1]['cache']}")]
 
 # %% ../nbs/21_cli.ipynb #7a700d88
-@command
-def info(
-    model: str = None,        # model folder or run folder
-    preset: str = None,       # or a named shape
-    vocab_size: int = None,   # of the named shape; left out: its own
-    ctx: int = None,          # of the named shape; left out: its own
-):
-    "Parameters, operations and memory of a model or a preset; alone: this machine and all presets."
+def facts(
+    model, preset, vocab_size, ctx,   # as for `info`
+) -> list:                            # rows for `table`
+    "What `info` prints."
     from tiny_llm.model import claims, count_params, preset as shape, presets
     if model and preset: raise UserError("give a model or a preset, not both")
     size = {name: value for name, value in (("vocab_size", vocab_size), ("ctx", ctx)) if value is not None}
@@ -356,4 +353,17 @@ def info(
                 ("device", f"{pick_device()}, {torch.get_num_threads()} threads"), ("presets", "")]
         claimed = lambda name: f", claimed {claims[name]:,.0f}" if name in claims else ""
         rows += [(f"  {name}", f"{total(name):>13,} parameters{claimed(name)}") for name in presets]
-    print(table(rows))
+    return rows
+
+@command
+def info(
+    model: str = None,        # model folder or run folder
+    preset: str = None,       # or a named shape
+    vocab_size: int = None,   # of the named shape; left out: its own
+    ctx: int = None,          # of the named shape; left out: its own
+):
+    "Parameters, operations and memory of a model or a preset; alone: this machine and all presets."
+    import gc
+    gc.disable()        # loading PyTorch leaves no garbage, and looking for it costs half a second
+    try: print(table(facts(model, preset, vocab_size, ctx)))
+    finally: gc.enable()
