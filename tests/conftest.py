@@ -12,7 +12,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")      # idle OpenMP threads s
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "agg")
 os.environ.setdefault("PYTEST_TIMEOUT", "600")           # seconds for one test, read by pytest-timeout
-sys.path[:0] = [p for p in (str(ROOT), str(ROOT/"tests")) if p not in sys.path]
+sys.path[:0] = [p for p in (str(ROOT), str(ROOT/"tests"), str(ROOT/"nbs"/"_tools")) if p not in sys.path]
 
 
 def pytest_addoption(parser):

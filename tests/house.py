@@ -4,23 +4,40 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT/"nbs"
+sys.path[:0] = [p for p in (str(ROOT), str(NBS/"_tools")) if p not in sys.path]   # the package, and the two scripts
 
 
-def floor(name):
-    "'08b_folder' -> (8, 'b'); None for a notebook without a number. Floors compare as tuples."
-    m = re.match(r"(\d+)([a-z]?)_\w+$", name)
-    return (int(m[1]), m[2]) if m else None
+def floor(path):
+    "nbs/3_training/02_folder.ipynb -> (3, 2, ''); part 0 is the top; None for a notebook without a number."
+    m, part = re.match(r"(\d\d)([a-z]?)_\w+$", Path(path).stem), re.match(r"(\d)_\w+$", Path(path).parent.name)
+    return (int(part[1]) if part else 0, int(m[1]), m[2]) if m else None
 
 
 def notebooks():
-    "All notebooks but drafts (`_name.ipynb`), index first, then by floor."
-    return sorted((p for p in NBS.glob("*.ipynb") if p.name[0] not in "._"), key=lambda p: floor(p.stem) or (-1, p.stem))
+    "All notebooks but drafts (`_name.ipynb`, and what lies in `_folder/`), index first, then by floor."
+    found = [p for p in NBS.rglob("*.ipynb") if not any(n[0] in "._" for n in p.relative_to(NBS).parts)]
+    return sorted(found, key=lambda p: floor(p) or (-1, p.stem))
 
 
-def numbered(): return [p for p in notebooks() if floor(p.stem)]
+def number(path):
+    "How a notebook is cited: 1.06 for 1_transformer/06_model.ipynb, 01 for 01_basics.ipynb; None where there is none."
+    at = floor(path)
+    return at and f"{at[0]}.{at[1]:02}{at[2]}".removeprefix("0.")
 
 
-def module_floors(): return {p.stem.split("_", 1)[1]: floor(p.stem) for p in numbered()}
+def page(path): return path.relative_to(NBS).as_posix()
+
+
+def numbered(): return [p for p in notebooks() if floor(p)]
+
+
+def module(path):
+    "nbs/3_training/02_folder.ipynb -> training.folder: the module that a notebook exports, by its place."
+    part, name = path.parent.name.partition("_")[2], path.stem.split("_", 1)[1]
+    return f"{part}.{name}" if path.parent != NBS else name
+
+
+def module_floors(): return {module(p): floor(p) for p in numbered()}
 
 
 def read(path): return json.loads(Path(path).read_text(encoding="utf-8"))

@@ -8,9 +8,9 @@ from pathlib import Path
 import pydoc_data.topics, pytest, tokenizers
 
 from tiny_llm.basics import UserError
-from tiny_llm.bpe import BPE, GPT2, train_bpe
-from tiny_llm.stories import stories
-from tiny_llm.tokenizer import PATTERN, SPECIALS, Tokenizer, train_tokenizer
+from tiny_llm.text.bpe import BPE, GPT2, train_bpe
+from tiny_llm.text.stories import stories
+from tiny_llm.text.tokenizer import PATTERN, SPECIALS, Tokenizer, train_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get("TINY_LLM_DATA") or ROOT.parent/"shared"/"data"/"text").parent
@@ -163,8 +163,8 @@ def test_a_chunk_of_100_000_equal_letters():
 WORK = """
 import sys, warnings
 from pathlib import Path
-from tiny_llm.bpe import BPE, train_bpe
-from tiny_llm.tokenizer import Tokenizer
+from tiny_llm.text.bpe import BPE, train_bpe
+from tiny_llm.text.tokenizer import Tokenizer
 folder, what = Path(sys.argv[1]), sys.argv[2]
 docs = ["na\\u00efve \\u0434\\u043e\\u043c <|\\u00ab fin \\u00bb|> \\U0001f600 " * 9]
 if what == "save": train_bpe(docs, 300, pattern=" [^ ]+| ", specials=["<| my mark |>", " \\u00ab fin \\u00bb "]).save(folder)

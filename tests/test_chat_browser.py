@@ -17,9 +17,9 @@ WAIT = 90_000  # milliseconds: far more than is needed on a machine that has not
 # A real model and a real cache, but what it says is dictated, one token every 40 ms, so that the test knows what it should see.
 SETUP = '''
 import time, torch
-from tiny_llm.chat import chat
-from tiny_llm.model import ModelConfig, Transformer
-from tiny_llm.tokenizer import train_tokenizer
+from tiny_llm.assistant.chat import chat
+from tiny_llm.transformer.model import ModelConfig, Transformer
+from tiny_llm.text.tokenizer import train_tokenizer
 
 SAID = "Once upon a time <b>a fox</b> & <img src=x onerror=alert(2)> an owl met by the river, and they talked until the moon came up over the hill."
 tok = train_tokenizer([SAID] * 3, vocab_size=300)

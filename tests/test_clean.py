@@ -8,15 +8,15 @@ import json, os, random, subprocess, sys
 
 import pytest
 
-from tiny_llm.clean import BLOCK, FILTERS, Report, clean, leak
-from tiny_llm.stories import stories
+from tiny_llm.text.cleaning import BLOCK, FILTERS, Report, clean, leak
+from tiny_llm.text.stories import stories
 
 GIGABYTE = r"""
 import json, os, random, resource, sys, tempfile, time
-from tiny_llm.clean import Report, clean
-from tiny_llm.data import tokenize
-from tiny_llm.stories import stories
-from tiny_llm.tokenizer import train_tokenizer
+from tiny_llm.text.cleaning import Report, clean
+from tiny_llm.text.batches import tokenize
+from tiny_llm.text.stories import stories
+from tiny_llm.text.tokenizer import train_tokenizer
 
 size, folder = float(sys.argv[1]) * 1e9, sys.argv[2]
 tales = [str(s) for s in stories(2000)]
@@ -113,6 +113,6 @@ def test_order_does_not_change_what_exact_duplicates_leave():
 
 
 def test_progress_goes_to_standard_error_only(tmp_path):
-    code = "from tiny_llm.clean import clean; print(len(list(clean(['a story that is long enough', 'no'] * 3))))"
+    code = "from tiny_llm.text.cleaning import clean; print(len(list(clean(['a story that is long enough', 'no'] * 3))))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert out.stdout == "1\n" and out.stderr.startswith("clean: 1 kept, 3 too short, 2 exact duplicate"), out

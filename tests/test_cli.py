@@ -26,7 +26,7 @@ def fine(*words, cwd, **kw):
 def same_process(words, cwd):
     "The same line without a new process: exit code, standard output, standard error."
     import contextlib, io
-    from tiny_llm.cli import main
+    from tiny_llm.deployment.cli import main
     out, err, here = io.StringIO(), io.StringIO(), os.getcwd()
     os.chdir(cwd)
     try:
@@ -67,7 +67,7 @@ def room(desk, tmp_path):
 # The road ------------------------------------------------------------------------------------------------------------
 
 def test_help_is_light_and_complete(tmp_path):
-    from tiny_llm.cli import commands
+    from tiny_llm.deployment.cli import commands
     start = time.perf_counter()
     text = fine("--help", cwd=tmp_path)
     print(f"tiny_llm --help took {time.perf_counter() - start:.2f} s")
@@ -76,7 +76,7 @@ def test_help_is_light_and_complete(tmp_path):
         start = time.perf_counter()
         assert "--help" in fine(word, "--help", cwd=tmp_path)
         print(f"tiny_llm {word} --help took {time.perf_counter() - start:.2f} s")
-    code = "import sys; from tiny_llm.cli import main; main(['quickstart', '--help']); sys.exit(any(m in sys.modules for m in ('torch', 'numpy', 'datasets')))"
+    code = "import sys; from tiny_llm.deployment.cli import main; main(['quickstart', '--help']); sys.exit(any(m in sys.modules for m in ('torch', 'numpy', 'datasets')))"
     assert subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True).returncode == 0
 
 
@@ -123,7 +123,7 @@ def test_finetune_then_chat_through_a_pipe(room):
 
 
 def test_quickstart_ends_by_itself(tmp_path):
-    code = "import sys; from tiny_llm.cli import main; from tiny_llm.quickstart import RECIPE; RECIPE.update(judged=20, held_out=100); sys.exit(main())"
+    code = "import sys; from tiny_llm.deployment.cli import main; from tiny_llm.deployment.quickstart import RECIPE; RECIPE.update(judged=20, held_out=100); sys.exit(main())"
     line = "quickstart --minutes 0.1 --preset tiny --out q --device cpu".split()
     p = subprocess.run([sys.executable, "-c", code, *line], cwd=tmp_path, env=environment(), stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300)
     said = p.stdout
@@ -201,7 +201,7 @@ def test_a_damaged_model_folder(room, name, harm):
 
 @pytest.mark.parametrize("sums", [True, False], ids=["with sums", "without sums"])
 def test_a_foreign_tokenizer(room, sums):
-    from tiny_llm.tokenizer import train_tokenizer
+    from tiny_llm.text.tokenizer import train_tokenizer
     train_tokenizer([(room/"ducks.txt").read_text()[::-1]] * 2, 280).save(room/"run"/"best")
     if not sums: (room/"run"/"best"/"SHA256SUMS").unlink()
     wrong("generate", "--model", "run", cwd=room, says="tokenizer", real=sums)
@@ -211,11 +211,11 @@ def test_ids_out_of_range(room):
     "A tokenizer that knows more tokens than the model, in a folder that says nothing about either; and in Python."
     import torch
     from tiny_llm.basics import UserError
-    from tiny_llm.folder import load
+    from tiny_llm.training.folder import load
     model, tok = load(room/"run"/"best", device="cpu")
     with pytest.raises(UserError, match="ids must lie in"): model.eval()(torch.tensor([[5000]]))
     with pytest.raises(UserError, match="not in this vocabulary"): tok.decode([5000])
-    from tiny_llm.tokenizer import train_tokenizer
+    from tiny_llm.text.tokenizer import train_tokenizer
     best = room/"run"/"best"
     train_tokenizer([(room/"ducks.txt").read_text()], 305).save(best)
     (best/"SHA256SUMS").unlink()

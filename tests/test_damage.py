@@ -28,8 +28,8 @@ EITHER = {("metrics.jsonl", "one bit"), ("metrics.jsonl", "missing"), ("metrics.
 @pytest.fixture(scope="module")
 def desk(tmp_path_factory):
     "A small text, and a run that paused after three of six steps."
-    import tiny_llm.train
-    module, desk = sys.modules["tiny_llm.train"], tmp_path_factory.mktemp("desk")
+    import tiny_llm.training.train
+    module, desk = sys.modules["tiny_llm.training.train"], tmp_path_factory.mktemp("desk")
     (desk/"ducks.txt").write_text("\n".join(f"{n} little ducks went swimming one day, over the hills and far away." for n in range(300)))
     whole = module.train
     with patch.object(module, "train", lambda *args, **kw: whole(*args, stop_at=3, **kw)):

@@ -11,9 +11,9 @@ import torch
 from house import environment
 from tiny_llm import corpus, data
 from tiny_llm.basics import UserError
-from tiny_llm.data import Batches, Tokens, open_tokens, pack, tokenize
-from tiny_llm.stories import stories
-from tiny_llm.tokenizer import train_tokenizer
+from tiny_llm.text.batches import Batches, Tokens, open_tokens, pack, tokenize
+from tiny_llm.text.stories import stories
+from tiny_llm.text.tokenizer import train_tokenizer
 
 FIELDS = ("x", "y", "w", "doc", "pos")
 
@@ -77,7 +77,7 @@ def test_each_token_is_a_target_once_per_epoch(seed, monkeypatch):
 
 SHARE = """
 import sys, numpy as np, torch
-from tiny_llm.data import Batches, open_tokens
+from tiny_llm.text.batches import Batches, open_tokens
 path, out, rank, world, order = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), [int(k) for k in sys.argv[5].split(",")]
 b = Batches(open_tokens(path), 96, 7, seed=3, rank=rank, world=world)
 np.savez(f"{out}.{rank}.npz", **{f"{k}.{n}": getattr(b[k], n).numpy() for k in order for n in ("x", "y", "w", "doc", "pos")})
@@ -154,7 +154,7 @@ def test_workers_make_the_same_file(tmp_path, tok, tales):
 
 def test_workers_in_a_script_without_a_guard(tmp_path, tok):
     tok.save(tmp_path/"tok")
-    (tmp_path/"script.py").write_text("import sys\nfrom tiny_llm.corpus import tokenize\nfrom tiny_llm.tokenizer import Tokenizer\n"
+    (tmp_path/"script.py").write_text("import sys\nfrom tiny_llm.text.corpus import tokenize\nfrom tiny_llm.text.tokenizer import Tokenizer\n"
                                       "try: tokenize(['a story'] * 3000, Tokenizer.load(sys.argv[1]), workers=1)\n"
                                       "except ValueError as e: print('SAID', e)\n")
     p = subprocess.run([sys.executable, tmp_path/"script.py", tmp_path/"tok"], env=environment(), capture_output=True, text=True, timeout=120)
@@ -170,10 +170,10 @@ def test_a_long_line_is_the_same_in_parts(tok, tales, monkeypatch):
 
 GIGABYTE = """
 import random, sys
-from tiny_llm.clean import clean
-from tiny_llm.corpus import tokenize
-from tiny_llm.stories import stories
-from tiny_llm.tokenizer import Tokenizer
+from tiny_llm.text.cleaning import clean
+from tiny_llm.text.corpus import tokenize
+from tiny_llm.text.stories import stories
+from tiny_llm.text.tokenizer import Tokenizer
 tales, r = [str(s) for s in stories(5000)], random.Random(0)
 def generated(left=float(sys.argv[3])):
     while left > 0: doc = " ".join(r.choices(tales, k=5)); left -= len(doc); yield doc

@@ -3,12 +3,22 @@ import ast, json, re, sys
 
 import pytest
 
-from house import NBS, ROOT, code_cells, copy_tree, difference, files, floor, module_floors, notebooks, numbered, python, read, run, source
+from house import (NBS, ROOT, code_cells, copy_tree, difference, files, floor, module, module_floors, notebooks, numbered, page, python, read, run,
+                   source)
 from run_notebook import directives, settings, stale
 
-every = pytest.mark.parametrize("path", notebooks(), ids=lambda p: p.stem)
-each = pytest.mark.parametrize("path", numbered(), ids=lambda p: p.stem)
-modules = sorted(p for p in (ROOT/"tiny_llm").glob("*.py") if p.stem[0] != "_")
+PACKAGE = ROOT/"tiny_llm"
+
+
+def dotted(path):
+    "tiny_llm/text/bpe.py -> text.bpe"
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+
+
+every = pytest.mark.parametrize("path", notebooks(), ids=page)
+each = pytest.mark.parametrize("path", numbered(), ids=page)
+modules = sorted(p for p in PACKAGE.rglob("*.py") if p.stem[0] != "_")
+each_module = pytest.mark.parametrize("path", modules, ids=dotted)
 homes = ast.literal_eval(python("import tiny_llm; print(tiny_llm._home)").strip().splitlines()[-1])
 
 
@@ -26,7 +36,7 @@ def test_export_and_clean_leave_no_diff(tmp_path):
 def test_readme_is_made_from_index():
     import make_readme
     old = [p.relative_to(ROOT) for p, new in make_readme.make().items() if not p.exists() or p.read_bytes() != new]
-    assert not old, f"run `python tests/make_readme.py`: {old} out of date"
+    assert not old, f"run `python nbs/_tools/make_readme.py`: {old} out of date"
 
 
 def test_readme_shows_only_what_exists():
@@ -37,9 +47,9 @@ def test_readme_shows_only_what_exists():
 
 
 def test_every_module_comes_from_a_notebook():
-    exported = {m[1] for p in numbered() for c in code_cells(read(p)) if (m := re.search(r"^#\|\s*default_exp\s+(\w+)", source(c), re.M))}
-    assert exported == {p.stem for p in modules}
-    assert exported == set(module_floors()), "notebook NN_name exports module name"
+    exported = {m[1] for p in numbered() for c in code_cells(read(p)) if (m := re.search(r"^#\|\s*default_exp\s+([\w.]+)", source(c), re.M))}
+    assert exported == {dotted(p) for p in modules}
+    assert exported == set(module_floors()), "notebook P_part/NN_name exports module part.name"
 
 
 def test_version_is_that_of_settings():
@@ -48,44 +58,54 @@ def test_version_is_that_of_settings():
 
 # No import runs upward
 
-def imported(code, inside=None):
-    "Modules of tiny_llm that some Python code uses: imports of all kinds, and `tl.name` after `import tiny_llm as tl`."
+def imported(code, inside=""):
+    "Modules of tiny_llm that some Python code uses: imports of all kinds, and `tl.name` after `import tiny_llm as tl`. `inside`: of the importing module."
     lines = [re.sub(r"^(\s*)(?:[\w, ]+=\s*)?[%!?].*", r"\1pass", l) for l in code.splitlines()]
     tree, aliases, found = ast.parse("\n".join(lines)), set(), set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             for a in node.names:
                 if a.name == "tiny_llm": aliases.add(a.asname or a.name)
-                if a.name.startswith("tiny_llm."): found.add(a.name.split(".")[1])
+                if a.name.startswith("tiny_llm."): found.add(a.name.removeprefix("tiny_llm."))
         if isinstance(node, ast.ImportFrom):
-            package = node.module or ""
-            if inside and node.level == 1: package = f"tiny_llm.{package}".rstrip(".")
-            if package == "tiny_llm": found |= {a.name if a.name in module_floors() else homes.get(a.name, a.name) for a in node.names}
-            if package.startswith("tiny_llm."): found.add(package.split(".")[1])
+            base = [] if not node.level else ["tiny_llm", *inside.split(".")][:-node.level]
+            package = ".".join([*base, *filter(None, [node.module])])
+            if package == "tiny_llm": found |= {homes.get(a.name, a.name) for a in node.names}
+            elif package.startswith("tiny_llm."):
+                package = package.removeprefix("tiny_llm.")
+                found |= {package} if package in module_floors() else {f"{package}.{a.name}" for a in node.names}
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in aliases:
             found.add(homes.get(node.attr, node.attr))
     return found & module_floors().keys()
 
 
+def strangers(a, b):
+    "Parts 1 and 2, the transformer and the text, stand side by side and do not know each other."
+    return {a[0], b[0]} == {1, 2}
+
+
 def test_imported_sees_every_kind():
-    assert imported("from tiny_llm.basics import check\nimport tiny_llm as tl\n%time x\ntl.softmax(1)") == {"basics", "math"}
-    assert imported("from .basics import check\nfrom . import math", "x") == {"basics", "math"}
+    assert imported("from tiny_llm.basics import check\nimport tiny_llm as tl\n%time x\ntl.softmax(1)") == {"basics", "transformer.math"}
+    assert imported("from ..basics import check\nfrom . import math\nfrom .rope import x", "transformer.x") == {"basics", "transformer.math", "transformer.rope"}
+    assert imported("from ..text.bpe import y\nfrom ..training import run\nimport tiny_llm.text.judge", "training.x") == {"text.bpe", "training.run", "text.judge"}
     assert imported("x = 1\nimport torch.math") == set()
 
 
 @each
 def test_no_import_of_the_notebook_runs_upward(path):
     cells = [source(c) for c in code_cells(read(path)) if not source(c).lstrip().startswith("%%")]
-    up = [m for m in imported("\n".join(cells)) if module_floors()[m] > floor(path.stem)]
-    assert not up, f"{path.name} uses {up}, of a higher floor"
+    up = [m for m in imported("\n".join(cells)) if module_floors()[m] > floor(path)]
+    assert not up, f"{page(path)} uses {up}, of a higher floor"
 
 
-@pytest.mark.parametrize("path", modules, ids=lambda p: p.stem)
+@each_module
 def test_no_import_of_the_module_runs_upward(path):
-    here = module_floors()[path.stem]
-    up = [m for m in imported(path.read_text(encoding="utf-8"), path.stem) if module_floors()[m] >= here]
-    assert not up, f"{path.name} imports {up}, of the same or a higher floor"
+    here = module_floors()[dotted(path)]
+    uses = imported(path.read_text(encoding="utf-8"), dotted(path))
+    up = [m for m in uses if module_floors()[m] >= here]
+    assert not up, f"{dotted(path)} imports {up}, of the same or a higher floor"
+    assert not [m for m in uses if strangers(module_floors()[m], here)], "transformer and text do not know each other"
 
 
 # Names
@@ -107,19 +127,11 @@ def test_public_names_resolve():
 
 def test_what_modules_export_exists():
     out = python("from importlib import import_module\n"
-                 f"for m in {[p.stem for p in modules]}:\n"
+                 f"for m in {[dotted(p) for p in modules]}:\n"
                  "    module = import_module(f'tiny_llm.{m}')\n"
                  "    for n in module.__all__:\n"
                  "        if not hasattr(module, n): print('MISSING', m, n)")
     assert "MISSING" not in out, out
-
-
-@pytest.mark.parametrize("first", ["import tiny_llm as tl; f = tl.{0}", "from tiny_llm import {0} as f", "from tiny_llm.{0} import {0} as f",
-                                   "import tiny_llm.{0}, tiny_llm as tl; f = tl.{0}"])
-def test_a_name_that_a_module_shares_is_the_function(first):
-    shared = sorted(n for n, m in homes.items() if n == m and n in module_floors())
-    code = [f"{first.format(n)}\nimport tiny_llm as tl\nfrom tiny_llm.{n} import {n} as g\nassert callable(f) and f is g is tl.{n}, {n!r}" for n in shared]
-    python("\n".join(code))
 
 
 def test_unknown_name_is_an_attribute_error():
@@ -131,7 +143,7 @@ def test_unknown_name_is_an_attribute_error():
 @every
 def test_stored_outputs_are_fresh(path):
     nb = read(path)
-    assert not stale(nb), f"{stale(nb)}: python tests/run_notebook.py nbs/{path.name}"
+    assert not stale(nb), f"{stale(nb)}: python nbs/_tools/run_notebook.py nbs/{page(path)}"
     errors = [o for c in code_cells(nb) for o in c["outputs"] if o["output_type"] == "error"]
     assert not errors
     assert "widgets" not in nb["metadata"] and "vnd.jupyter.widget" not in json.dumps([c["outputs"] for c in code_cells(nb)])
@@ -153,7 +165,7 @@ def test_notebook_has_its_sections(path):
     cells, code = [source(c) for c in nb["cells"]], [source(c) for c in code_cells(nb)]
     text = "\n".join(source(c) for c in nb["cells"] if c["cell_type"] == "markdown")
     assert re.match(r"# \S.*\n\n> \S", cells[0]), "opens with a title and a one-sentence blurb"
-    assert code[0].strip() == f"#| default_exp {path.stem.split('_', 1)[1]}"
+    assert code[0].strip() == f"#| default_exp {module(path)}"
     assert any(re.search(r"\btest_\w+\(|\bassert", s) for s in code), "has tests"
     assert re.search(r"^## Exercises$", text, re.M)
     start = next(i for i, s in enumerate(cells) if re.search(r"^## Exercises$", s, re.M))
@@ -169,9 +181,9 @@ def test_notebook_has_its_sections(path):
 @each
 def test_it_leads_to_the_next_notebook(path):
     "The last link of each notebook is the one that follows, so that whoever goes from link to link leaves none out."
-    order = [p.name for p in numbered()] + ["index.ipynb"]
-    links = re.findall(r"\]\((\w+\.ipynb)\)", source(read(path)["cells"][-1]))
-    assert links[-1:] == [order[order.index(path.name) + 1]]
+    order = [*numbered(), NBS/"index.ipynb"]
+    links = [(path.parent/l).resolve() for l in re.findall(r"\]\(([\w./]+\.ipynb)\)", source(read(path)["cells"][-1]))]
+    assert links[-1:] == [order[order.index(path) + 1]]
 
 
 @each
@@ -186,10 +198,10 @@ def test_figures_have_caption_and_text(path):
     for i, c in enumerate(read(path)["cells"]):
         if any("image/png" in o.get("data", {}) for o in c.get("outputs", [])):
             d = directives(c["source"])
-            assert d.get("label", "").startswith("fig-") and d.get("fig-cap") and d.get("fig-alt"), f"cell {i} of {path.name}: label, fig-cap, fig-alt"
+            assert d.get("label", "").startswith("fig-") and d.get("fig-cap") and d.get("fig-alt"), f"cell {i} of {page(path)}: label, fig-cap, fig-alt"
 
 
-@pytest.mark.parametrize("path", modules, ids=lambda p: p.stem)
+@each_module
 def test_functions_fit_on_a_screen(path):
     text = path.read_text(encoding="utf-8")
     functions = [d for d in ast.walk(ast.parse(text)) if isinstance(d, (ast.FunctionDef, ast.AsyncFunctionDef))]

@@ -3,7 +3,7 @@ import re, sys
 
 import pytest
 
-from house import code_cells, files, notebooks, read, run
+from house import ROOT, code_cells, files, notebooks, page, read, run
 from run_notebook import directives
 
 LIMIT = 60   # seconds of processor time that a notebook may take on one thread; the clock may show five times that on a busy machine
@@ -21,7 +21,7 @@ sys.exit(code)"""
 
 def nbdev_test(path, tree, *options, timeout=5*LIMIT):
     "Seconds of processor time, those of the notebook's child processes included."
-    line = ["nbdev_test", "--path", tree/"nbs"/path.name, "--n_workers", "0", *options]
+    line = ["nbdev_test", "--path", tree/path.relative_to(ROOT), "--n_workers", "0", *options]
     out = run([sys.executable, "-c", MEASURED, *line], tree, timeout, PYTHONPATH=str(tree))
     assert "Success." in out, out
     return float(re.findall(r"processor seconds: ([\d.]+)", out)[-1])
@@ -36,7 +36,7 @@ def room(tree):
     assert not left, f"notebooks left files behind: {sorted(left)}"
 
 
-@pytest.mark.parametrize("path", notebooks(), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", notebooks(), ids=page)
 def test_notebook(path, room):
     seconds = nbdev_test(path, room)
     assert seconds <= LIMIT, f"{path.name} took {seconds:.0f} s of processor time; {LIMIT} s is the limit"
@@ -45,5 +45,5 @@ def test_notebook(path, room):
 marked = [p for p in notebooks() if any("slow" in directives(c["source"]) for c in code_cells(read(p)))]
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", marked, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", marked, ids=page)
 def test_slow_cells(path, tree): nbdev_test(path, tree, "--flags", "slow", timeout=3600)

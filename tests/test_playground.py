@@ -7,8 +7,8 @@ import json, random, subprocess, sys, time
 import pytest
 
 from test_real_tokenizers import HOME, make, pairs, read
-from tiny_llm.playground import BYTE, Merges, playground
-from tiny_llm.tokenizer import Tokenizer
+from tiny_llm.text.playground import BYTE, Merges, playground
+from tiny_llm.text.tokenizer import Tokenizer
 
 try:
     import test_chat_browser as browser
@@ -81,7 +81,7 @@ def test_odd_vocabularies():
 def test_without_ipywidgets():
     "The picture is there, and the counts; only the slider is missing."
     code = ("import sys; sys.modules['ipywidgets'] = None\n"
-            "from tiny_llm.playground import playground\n"
+            "from tiny_llm.text.playground import playground\n"
             "box = playground(['once upon a time'] * 3, text='once <b>', vocab_size=280)\n"
             "data, _ = box._repr_mimebundle_()\n"
             "assert set(data) == {'text/html', 'text/plain'} and '&lt;' in data['text/html'] and '<b>o' not in data['text/html']\n"
@@ -90,7 +90,7 @@ def test_without_ipywidgets():
 
 
 SETUP = '''
-from tiny_llm.playground import playground
+from tiny_llm.text.playground import playground
 box = playground(["once upon a time in a land far away"] * 9, text="once upon a time", vocab_size=284)
 '''
 

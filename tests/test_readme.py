@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from house import ROOT, environment, floor, numbered, run
+from house import ROOT, environment, number, numbered, run
 
 README = (ROOT/"README.md").read_text(encoding="utf-8")
 BIN = Path(sys.executable).parent
@@ -85,7 +85,7 @@ def test_an_unknown_line_is_seen():
 
 
 def test_every_command_and_every_kind_of_data_is_shown():
-    from tiny_llm.cli import commands as known
+    from tiny_llm.deployment.cli import commands as known
     said = commands()
     assert {w[1] for w in said if w[0] == "tiny_llm"} == set(known)
     data = {w[w.index("--data")+1] for w in said if "--data" in w}
@@ -114,9 +114,9 @@ def test_python_block(code, desk):
 
 
 def test_table_lists_every_notebook():
-    rows = re.findall(r"^\| \[(\w+) .*?\]\((?:nbs/)?(\w+)\.ipynb\) \|", README, re.M)
-    assert [stem for _, stem in rows] == [p.stem for p in numbered()]
-    assert all(floor(f"{n}_x") == floor(stem) for n, stem in rows)
+    rows = re.findall(r"^\| \[(\d[\d.]*\w?) .*?\]\((nbs/[\w/]+\.ipynb)\) \|", README, re.M)
+    assert [ROOT/path for _, path in rows] == numbered()
+    assert all(n == number(ROOT/path) for n, path in rows)
 
 
 def test_first_screen():

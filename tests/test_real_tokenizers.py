@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
-from tiny_llm.tokenizer import Tokenizer
+from tiny_llm.text.tokenizer import Tokenizer
 
 HOME = Path(os.environ.get("TINY_LLM_DATA") or os.devnull).parent/"tokenizers"
 pytestmark = pytest.mark.skipif(not HOME.is_dir(), reason="needs the folder tokenizers/ beside TINY_LLM_DATA")

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from tiny_llm.basics import UserError
-from tiny_llm.folder import load
-from tiny_llm.model import Transformer, preset
-from tiny_llm.run import Run
-from tiny_llm.stories import stories
-from tiny_llm.tokenizer import train_tokenizer
-from tiny_llm.train import train
+from tiny_llm.training.folder import load
+from tiny_llm.transformer.model import Transformer, preset
+from tiny_llm.training.run import Run
+from tiny_llm.text.stories import stories
+from tiny_llm.text.tokenizer import train_tokenizer
+from tiny_llm.training.train import train
 
 ROOT = Path(__file__).resolve().parent.parent
 

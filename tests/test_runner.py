@@ -14,7 +14,7 @@ cells = ["import sys, ipywidgets\nfrom tqdm.auto import tqdm\nimport matplotlib.
 
 
 def write(path, codes):
-    nb = new_notebook(cells=[new_markdown_cell("# A title\n\n> A blurb.\n\n[01](01_math.ipynb)"), *map(new_code_cell, codes)], metadata=kernel)
+    nb = new_notebook(cells=[new_markdown_cell("# A title\n\n> A blurb.\n\n[01](1_transformer/01_math.ipynb)"), *map(new_code_cell, codes)], metadata=kernel)
     nbformat.write(nb, path)
     return path
 
@@ -46,7 +46,7 @@ def test_running_and_cleaning_again_change_nothing(place):
     made = make_readme.make(path)
     readme = made[place/"README.md"].decode()
     assert made == make_readme.make(path) and made[place/"nbs"/"images"/"index-line.png"][:4] == b"\x89PNG"
-    assert readme.startswith("# A title\n") and "[01](nbs/01_math.ipynb)" in readme and "![It rises.](nbs/images/index-line.png)" in readme
+    assert readme.startswith("# A title\n") and "[01](nbs/1_transformer/01_math.ipynb)" in readme and "![It rises.](nbs/images/index-line.png)" in readme
     assert "#|" not in readme and "```python\nfor i" in readme
 
 
@@ -64,11 +64,11 @@ def test_a_change_above_a_slow_cell_makes_its_output_stale():
 def test_a_notebook_that_fails_is_left_as_it_was(place):
     path = write(place/"nbs"/"bad.ipynb", ["1/0"])
     before = path.read_bytes()
-    p = subprocess.run([sys.executable, ROOT/"tests"/"run_notebook.py", path], capture_output=True, text=True)
+    p = subprocess.run([sys.executable, ROOT/"nbs"/"_tools"/"run_notebook.py", path], capture_output=True, text=True)
     assert p.returncode == 1 and "ZeroDivisionError" in p.stderr and path.read_bytes() == before
 
 
 def test_links_of_the_readme_start_at_the_top():
-    given = "[a](01_math.ipynb) [b](../LICENSE#x) [c](https://x.org/y) [d](#e) `[f](g)` ![h](images/i.png) <img src=\"images/j.png\">\n```\n[k](l)\n```\n"
-    assert make_readme.relink(given) == ("[a](nbs/01_math.ipynb) [b](LICENSE#x) [c](https://x.org/y) [d](#e) `[f](g)` ![h](nbs/images/i.png) "
+    given = "[a](1_transformer/01_math.ipynb) [b](../LICENSE#x) [c](https://x.org/y) [d](#e) `[f](g)` ![h](images/i.png) <img src=\"images/j.png\">\n```\n[k](l)\n```\n"
+    assert make_readme.relink(given) == ("[a](nbs/1_transformer/01_math.ipynb) [b](LICENSE#x) [c](https://x.org/y) [d](#e) `[f](g)` ![h](nbs/images/i.png) "
                                          "<img src=\"nbs/images/j.png\">\n```\n[k](l)\n```\n")

@@ -6,15 +6,18 @@ import json, os, re, shutil, subprocess
 
 import pytest, yaml
 
-from house import NBS, ROOT, code_cells, copy_tree, floor, notebooks, python, read, run, source
+from house import NBS, ROOT, code_cells, copy_tree, notebooks, number, page as place, python, read, run, source
 from run_notebook import directives, settings
 
-pages = [p.name for p in notebooks()]
+pages = [place(p) for p in notebooks()]   # 1_transformer/06_model.ipynb
 every = pytest.mark.parametrize("page", pages, ids=lambda n: n.removesuffix(".ipynb"))
 config = yaml.safe_load((ROOT/"_quarto.yml").read_text(encoding="utf-8"))
 
 
-def page_file(name): return re.sub(r"^\d+[a-z]?_", "", name.removesuffix(".ipynb")) + ".html"
+def page_file(name):
+    "1_transformer/06_model.ipynb -> 1_transformer/model.html"
+    folder, _, file = name.rpartition("/")
+    return os.path.join(folder, re.sub(r"^\d+[a-z]?_", "", file.removesuffix(".ipynb")) + ".html").replace(os.sep, "/")
 
 
 def pandoc(*args, stdin=None):
@@ -83,14 +86,14 @@ def listed(contents):
 def test_sidebar_lists_exactly_the_notebooks_in_order():
     assert list(listed(config["website"]["sidebar"]["contents"])) == pages
     sections = [s["section"] for s in config["website"]["sidebar"]["contents"] if "section" in s]
-    assert [s.split()[0] for s in sections] == ["I", "II", "III", "IV", "V"]
+    assert [s.split()[0] for s in sections] == ["1", "2", "3", "4", "5"]
 
 
 def test_sidebar_numbers_are_those_of_the_files():
     def texts(contents):
         for i in contents:
             if "contents" in i: yield from texts(i["contents"])
-            elif floor(i["href"].removesuffix(".ipynb")): yield i["text"].split()[0], i["href"].split("_")[0]
+            elif number(NBS/i["href"]): yield i["text"].split()[0], number(NBS/i["href"])
     assert all(a == b for a, b in texts(config["website"]["sidebar"]["contents"]))
 
 
@@ -111,7 +114,7 @@ def test_quarto_yml_is_linked_into_the_notebooks(): assert (NBS/"_quarto.yml").i
 # Pages
 
 def test_processing_makes_every_page(site):
-    assert {p.name for p in site.top.glob("*.ipynb")} == set(pages)
+    assert {p.relative_to(site.top).as_posix() for p in site.top.rglob("*.ipynb")} == set(pages)
     assert not (site.top/"_quarto.yml").is_symlink() and yaml.safe_load((site.top/"_quarto.yml").read_text(encoding="utf-8")) == config
     assert all((site.top/f).exists() for f in config["filters"])
     assert len({page_file(n) for n in pages}) == len(pages), "two pages of one name"
@@ -122,7 +125,7 @@ def test_front_matter(site, page):
     first = "".join(site.nb[page]["cells"][0]["source"]).strip()
     assert site.nb[page]["cells"][0]["cell_type"] == "raw"
     front = yaml.safe_load(first.strip("-\n"))
-    assert front["title"] and front["output-file"] == page_file(page)
+    assert front["title"] and front["output-file"] == page_file(page).rpartition("/")[2]
     assert front["description"].endswith("."), "the blurb is a sentence and becomes the page's description"
     assert not any("default_exp" in "".join(c["source"]) for c in site.nb[page]["cells"] if c["cell_type"] == "code"), "directives are gone"
 
@@ -137,13 +140,14 @@ def test_exported_code_is_shown(site, page):
 @every
 def test_links(site, page):
     "Links go to a page that exists, and to a heading that is there; images exist."
-    bad = []
+    bad, here = [], page.rpartition("/")[0]
     images = [c[2][0] for c in nodes(site.tree[page], "Image") if c[2][0] != "output.png"]
     for target in [c[2][0] for c in nodes(site.tree[page], "Link")] + images:
         home = config["website"]["site-url"] + "/"
         if target.startswith(home): path, _, anchor = target.removeprefix(home).partition("#")
         elif re.match(r"https?://[\w.-]+\.\w+(?:[/?#]\S*)?$|mailto:", target): continue
         else: path, _, anchor = target.partition("#")
+        path = os.path.normpath(os.path.join("" if target.startswith(home) else here, path)).replace(os.sep, "/") if path else ""
         name = {page_file(n): n for n in pages}.get(path, path) if path else page
         if name in pages: bad += [target] if anchor and f'id="{anchor}"' not in site.html[name] and not target.startswith(home) else []
         elif not (site.top/name).is_file(): bad.append(target)
@@ -184,19 +188,24 @@ def test_formulas(site, page):
     assert not commands, f"not MathML: {commands}"
 
 
+def all_tags(site): return {t for s in site.markdown.values() for t in re.findall(r"\\tag\{(.*?)\}", s)}
+
+
 @every
 def test_equation_numbers(site, page):
     "Each number is given once, in this page's series and in order, outside of inline formulas; references to it exist; it is shown."
     formulas = [(c[0]["t"], c[1]) for c in nodes(site.tree[page], "Math")]
     tags = [n for kind, tex in formulas if kind == "DisplayMath" for n in re.findall(r"\\tag\{(.*?)\}", tex)]
     assert not any("\\tag" in tex for kind, tex in formulas if kind == "InlineMath")
-    number = re.match(r"0*(\d+[a-z]?)_", page)
-    assert all(re.fullmatch(rf"{number[1] if number else '0'}\.\d+[a-z]?", t) for t in tags), tags
+    at = number(NBS/page) or "00"
+    series = at if "." in at else f"0.{at}"
+    assert all(re.fullmatch(rf"{series}\.\d+[a-z]?", t) for t in tags), tags
     assert len(tags) == len(set(tags))
-    assert [int(re.match(r"\d+", t.split(".")[1])[0]) for t in tags] == sorted(int(re.match(r"\d+", t.split(".")[1])[0]) for t in tags)
+    counted = [int(re.match(r"\d+", t.rpartition(".")[2])[0]) for t in tags]
+    assert counted == sorted(counted)
     assert all(f"({t})</mtext>" in site.html[page] for t in tags)
-    referred = set(re.findall(rf"(?<!\w)\(({number[1]}\.\d+[a-z]?)\)", re.sub(r"`[^`\n]*`|\$.*?\$", "", site.markdown[page]))) if number else set()
-    assert referred <= set(tags), f"no such equation: {referred - set(tags)}"
+    referred = set(re.findall(r"(?<!\w)\((\d\.\d\d[a-z]?\.\d+[a-z]?)\)", re.sub(r"`[^`\n]*`|\$.*?\$", "", site.markdown[page])))
+    assert referred <= all_tags(site), f"no such equation: {referred - all_tags(site)}"
 
 
 @every

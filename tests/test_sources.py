@@ -10,8 +10,8 @@ from house import environment, files
 from test_cli import same_process, unix
 from tiny_llm import sources
 from tiny_llm.basics import UserError
-from tiny_llm.files import BLOCK, read_files
-from tiny_llm.sources import SPLITS, documents, read
+from tiny_llm.text.files import BLOCK, read_files
+from tiny_llm.text.sources import SPLITS, documents, read
 
 DOCS = [f"Document {i} tells of {i * i} ducks that went swimming one day." for i in range(400)]
 PACK = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": lambda b: pa.compress(b, codec="zstd", asbytes=True)}
@@ -129,7 +129,7 @@ def test_no_permission(tmp_path):
     "As another user where the tests run as root, for whom everything is permitted."
     for name in "shut/in/a.txt", "file/a.txt": (tmp_path/name).parent.mkdir(parents=True); (tmp_path/name).write_bytes(text)
     (tmp_path/"file/a.txt").chmod(0); (tmp_path/"shut/in").chmod(0)
-    code = ("import os, sys; from tiny_llm.basics import UserError; from tiny_llm.sources import documents\n"
+    code = ("import os, sys; from tiny_llm.basics import UserError; from tiny_llm.text.sources import documents\n"
             "if os.geteuid() == 0: os.setgid(65534); os.setuid(65534)\n"
             "for s in sys.argv[1:]:\n"
             "    try: documents(s)\n"
@@ -293,7 +293,7 @@ def test_a_mixture_ends_with_its_first_source(tmp_path, capsys):
 
 def most_memory(path, code="sum(len(d) for d in read(sys.argv[1]))"):
     "The most memory of a process, kB."
-    program = f"import sys; from tiny_llm.sources import read; print({code}); print(*(l.split()[1] for l in open('/proc/self/status') if l.startswith('VmHWM')))"
+    program = f"import sys; from tiny_llm.text.sources import read; print({code}); print(*(l.split()[1] for l in open('/proc/self/status') if l.startswith('VmHWM')))"
     return [int(x) for x in subprocess.run([sys.executable, "-c", program, path], capture_output=True, text=True, check=True, env=environment()).stdout.split()]
 
 linux = pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads /proc")

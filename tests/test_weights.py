@@ -8,9 +8,9 @@ import torch
 
 import tiny_llm as tl
 from tiny_llm.basics import UserError
-from tiny_llm.families import hf_views, to_hf
-from tiny_llm.rope import half_to_interleaved
-from tiny_llm.weights import open_llama2c, smollm2
+from tiny_llm.transformer.huggingface import hf_views, to_hf
+from tiny_llm.transformer.rope import half_to_interleaved
+from tiny_llm.transformer.gguf import open_llama2c, smollm2
 
 TEXT = Path(os.environ.get("TINY_LLM_DATA") or os.devnull)
 STORIES = TEXT.parent/"weights"/"stories260K"

@@ -9,7 +9,7 @@ import pytest
 from house import ROOT, copy_tree, run
 from run_notebook import settings
 
-modules = {p.name for p in (ROOT/"tiny_llm").glob("*.py")}
+modules = {p.relative_to(ROOT/"tiny_llm").as_posix() for p in (ROOT/"tiny_llm").rglob("*.py")}
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def test_imports_in_an_empty_environment(empty):
 
 def test_every_module_imports_from_the_wheel(empty):
     "With the dependencies of this environment, but not its tiny_llm."
-    names = sorted(m.removesuffix(".py") for m in modules if m != "__init__.py")
+    names = sorted(m.removesuffix(".py").replace("/", ".") for m in modules if not m.endswith("__init__.py"))
     code = ("from importlib import import_module\n"
             f"for m in {names}: print(import_module('tiny_llm.' + m).__file__)")
     out = in_empty(empty, "-c", f"import sys; sys.path.append({get_path('purelib')!r})\n{code}").splitlines()

@@ -1,8 +1,8 @@
 """Execute notebooks and store their outputs, so that running twice leaves no diff.
 
-    python tests/run_notebook.py nbs/05_model.ipynb          # everything but cells marked slow, gpu or notest
-    python tests/run_notebook.py nbs/05_model.ipynb --slow   # slow and notest cells too; --gpu for gpu cells
-    python tests/run_notebook.py --check                     # which notebooks hold stale outputs?
+    python nbs/_tools/run_notebook.py nbs/1_transformer/06_model.ipynb          # everything but cells marked slow, gpu or notest
+    python nbs/_tools/run_notebook.py nbs/1_transformer/06_model.ipynb --slow   # slow and notest cells too; --gpu for gpu cells
+    python nbs/_tools/run_notebook.py --check                     # which notebooks hold stale outputs?
 
 A cell that is not run (`#| eval: false`, a flag, or `%%script false`) keeps the outputs it has.
 The hash of the code that made the outputs is written into the notebook's metadata, which is how a test sees stale ones.
@@ -12,7 +12,7 @@ from configparser import ConfigParser
 from hashlib import sha256
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 WIDGET = "application/vnd.jupyter.widget-view+json"
 FLAGS = {"slow": "slow notest", "gpu": "gpu"}  # option: the flags of the cells it lets run
 
@@ -155,7 +155,7 @@ def main():
     p.add_argument("--check", action="store_true", help="only list notebooks whose outputs are stale; exit code 1 if there are any")
     p.add_argument("--timeout", type=int, default=900, help="seconds for one cell")
     a = p.parse_args()
-    paths = [f.resolve() for f in a.notebooks] or sorted((ROOT/"nbs").glob("*.ipynb"))
+    paths = [f.resolve() for f in a.notebooks] or sorted(p for p in (ROOT/"nbs").rglob("*.ipynb") if not any(n[0] in "._" for n in p.relative_to(ROOT).parts))
     failed = 0
     for path in paths:
         if a.check:

@@ -1,7 +1,7 @@
 """README.md from nbs/index.ipynb, with nbdev's processors and nbconvert, without Quarto.
 
-    python tests/make_readme.py           # write README.md and the figures of index.ipynb, nbs/images/index-N.png
-    python tests/make_readme.py --check   # write nothing; exit code 1 if something would change
+    python nbs/_tools/make_readme.py           # write README.md and the figures of index.ipynb, nbs/images/index-N.png
+    python nbs/_tools/make_readme.py --check   # write nothing; exit code 1 if something would change
 
 Links that are relative to nbs/ become relative to the top of the repository; setup.py makes them absolute for PyPI.
 """
@@ -9,12 +9,12 @@ import argparse, os, re, sys
 from base64 import b64decode
 from pathlib import Path, PurePosixPath
 
-ROOT = Path(__file__).resolve().parent.parent
-WARNING = "<!-- Made from nbs/index.ipynb by tests/make_readme.py: edit the notebook, not this file. -->"
+ROOT = Path(__file__).resolve().parent.parent.parent
+WARNING = "<!-- Made from nbs/index.ipynb by nbs/_tools/make_readme.py: edit the notebook, not this file. -->"
 
 
 def from_top(target):
-    "A link as seen from the top: 01_math.ipynb -> nbs/01_math.ipynb, ../LICENSE -> LICENSE; whole addresses and anchors stay."
+    "A link as seen from the top: 01_math.ipynb -> nbs/1_transformer/01_math.ipynb, ../LICENSE -> LICENSE; whole addresses and anchors stay."
     if re.match(r"\w+:|#|/", target): return target
     parts = []
     for part in PurePosixPath("nbs", target).parts:

@@ -1,0 +1,1 @@
+"Part 2: text becomes documents, documents become ids, ids become batches."
