@@ -185,7 +185,7 @@ def pick_device(
 # %% ../nbs/01_basics.ipynb #ef5f8137
 def write_file(
     path,            # where; folders that are missing are made
-    data: str|bytes, # text is written as UTF-8
+    data: str | bytes, # text is written as UTF-8
 ) -> Path:           # the file
     "Write a file so that, whatever happens, the old or the new content is there in full."
     path = Path(os.path.realpath(path))

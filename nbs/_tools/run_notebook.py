@@ -7,7 +7,7 @@
 A cell that is not run (`#| eval: false`, a flag, or `%%script false`) keeps the outputs it has.
 The hash of the code that made the outputs is written into the notebook's metadata, which is how a test sees stale ones.
 """
-import argparse, json, os, re, sys, time
+import argparse, ast, json, os, re, sys, time
 from configparser import ConfigParser
 from hashlib import sha256
 from pathlib import Path
@@ -37,13 +37,56 @@ def directives(source):
     return found
 
 
+def statements(nb, flag=None):
+    "The statements of all code cells, as (syntax tree, whether option `flag` lets its cell run); a line of magic is one by its text."
+    wanted, found = set(FLAGS[flag].split()) if flag else set(), []
+    for c in nb["cells"]:
+        if c["cell_type"] != "code": continue
+        code, marked = text(c["source"]), bool(wanted & directives(c["source"]).keys())
+        if code.lstrip().startswith("%%"): code = repr(code)
+        code = re.sub(r"^(\s*)([%!?].*)$", lambda m: m[1] + repr(m[2]), code, flags=re.MULTILINE)
+        found += [(node, marked) for node in ast.parse(code).body]
+    return found
+
+
+def shape(x):
+    "A syntax tree as nested lists that do not depend on layout, comments or the version of Python."
+    if isinstance(x, list): return [shape(v) for v in x]
+    if not isinstance(x, ast.AST): return repr(x)
+    fields = [(k, v) for k, v in ast.iter_fields(x) if v not in (None, []) and k not in ("ctx", "kind", "type_comment", "type_params")]
+    return [type(x).__name__, [[k, shape(v)] for k, v in fields]]
+
+
+def names(node):
+    "(names that a statement binds or changes, names that it uses from outside)."
+    binds, uses = set(), set()
+    for n in ast.walk(node):
+        if isinstance(n, ast.Name): (uses if isinstance(n.ctx, ast.Load) else binds).add(n.id)
+        elif isinstance(n, (ast.FunctionDef, ast.ClassDef)): binds.add(n.name)
+        elif isinstance(n, (ast.Import, ast.ImportFrom)): binds |= {(a.asname or a.name).split(".")[0] for a in n.names}
+        elif isinstance(n, ast.arg): binds.add(n.arg)
+        elif isinstance(n, (ast.Attribute, ast.Subscript)) and not isinstance(n.ctx, ast.Load):
+            while isinstance(n, (ast.Attribute, ast.Subscript)): n = n.value
+            if isinstance(n, ast.Name): binds.add(n.id)
+    if not isinstance(node, ast.FunctionDef): return binds, uses
+    patched = {n.id for a in node.args.args[:1] if a.annotation and node.decorator_list for n in ast.walk(a.annotation) if isinstance(n, ast.Name)}
+    return {node.name, *patched}, (uses - binds) | patched      # what a function binds inside stays inside
+
+
 def code_hash(nb, flag=None):
-    "sha256 of the code cells, or of those down to the last that option `flag` lets run, which feed it; directive lines do not count."
-    wanted = set(FLAGS[flag].split()) if flag else set()
-    cells = [text(c["source"]) for c in nb["cells"] if c["cell_type"] == "code"]
-    if flag: cells = cells[:max(i for i, c in enumerate(cells) if wanted & directives(c).keys()) + 1]
-    lines = [[l.rstrip() for l in c.splitlines() if l.strip() and not re.match(r"\s*#\s*\|", l)] for c in cells]
-    return sha256(json.dumps([l for l in lines if l]).encode()).hexdigest()
+    """sha256 of the code, whatever its layout: of all of it, or of the cells that option `flag` lets run and the statements above that they depend on.
+
+    To split a cell, to break a line or to write a comment changes no result, so it changes no hash."""
+    found = statements(nb, flag)
+    if flag:
+        kept, wanted = [], set()
+        for node, marked in reversed(found):
+            binds, uses = names(node)
+            if marked or binds & wanted:
+                kept.insert(0, (node, marked))
+                wanted |= uses
+        found = kept
+    return sha256(json.dumps([shape(node) for node, _ in found]).encode()).hexdigest()
 
 
 def stale(nb):

@@ -190,8 +190,8 @@ def _stop_ids(tok, stop):
 
 def _uniform(seed, row=0):
     "A source of random numbers for each row of each seed; no seed: one from PyTorch's own."
-    if seed is None: seed = int(torch.randint(2**31, ()))
-    return torch.Generator().manual_seed((seed * 1_000_003 + row) % 2**32)
+    if seed is None: seed = int(torch.randint(2 ** 31, ()))
+    return torch.Generator().manual_seed((seed * 1_000_003 + row) % 2 ** 32)
 
 # %% ../../nbs/4_assistant/01_generate.ipynb #eab48058
 def stream(
@@ -281,7 +281,7 @@ def generate_batch(
     options = sampling(seed, max_tokens=max_tokens, temperature=temperature, **kwargs)
     if not (_whole(batch) and batch >= 1): raise UserError(f"batch is {batch!r}; give 1 or more texts to write together.")
     ids, device = [_prompt_ids(model, tok, p) for p in prompts], model.device
-    if seed is None: seed = int(torch.randint(2**31, ()))
+    if seed is None: seed = int(torch.randint(2 ** 31, ()))
     ends = torch.tensor(sorted(_stop_ids(tok, stop)), device=device)
     max_tokens = min(options.pop("max_tokens"), model.cfg.ctx)
     order, out = sorted(range(len(ids)), key=lambda i: len(ids[i])), [None] * len(ids)
@@ -300,7 +300,7 @@ def wilson(
     "The interval (4.01.11) for a share."
     if n < 1 or not 0 <= hits <= n: raise UserError(f"{hits} of {n} is no share; give 1 or more trials, and at most as many successes.")
     share = hits / n
-    middle, half = share + z * z / (2 * n), z * (share * (1 - share) / n + z * z / (4 * n * n))**0.5
+    middle, half = share + z * z / (2 * n), z * (share * (1 - share) / n + z * z / (4 * n * n)) ** 0.5
     return max(0.0, (middle - half) / (1 + z * z / n)), min(1.0, (middle + half) / (1 + z * z / n))
 
 # %% ../../nbs/4_assistant/01_generate.ipynb #2ce808f0

@@ -32,7 +32,7 @@ def quickstart(
     "From nothing to a model that chats: stories, training, fine-tuning, report card, chat."
     from tiny_llm.deployment.quickstart import quickstart as walk
     walk(minutes, out, seed, device, preset, resume)
-    if sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty(): chat(str(Path(out)/"model"), device=device)
+    if sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty(): chat(str(Path(out) / "model"), device=device)
 
 # %% ../../nbs/5_deployment/05_cli.ipynb #4d470cd3
 @command
@@ -61,7 +61,7 @@ def train_rows(
     return [("parameters", f"{s['params']:,}"),
             ("tokens seen", f"{s['tokens']:,} in {s['step']:,} steps and {clock(s['seconds'])}"),
             ("speed", f"{s['tokens_per_s']:,.0f} tokens/s ({how})"),
-            *loss_rows(s.get("val")), ("run folder", run.folder), ("model folder", run.folder/"best")]
+            *loss_rows(s.get("val")), ("run folder", run.folder), ("model folder", run.folder / "best")]
 
 # %% ../../nbs/5_deployment/05_cli.ipynb #e110413f
 def read_text(
@@ -72,7 +72,7 @@ def read_text(
     "What `train` needs to know of its text."
     from tiny_llm.text.batches import tokenize
     from tiny_llm.text.sources import documents
-    docs, last = documents(data, "train", limit, seed, column), Path(out)/"last"
+    docs, last = documents(data, "train", limit, seed, column), Path(out) / "last"
     val = documents(data, "val", limit and max(1, limit // 20), seed, column)
     tok = open_model(last, "cpu")[1] if past and last.exists() else vocabulary(docs, vocab_size)
     tokens = tokenize(docs, tok)
@@ -279,7 +279,7 @@ def run_folders(
 ) -> list:    # run folders
     "The runs in a folder."
     path = Path(path).expanduser()
-    found = [p for p in (path, path/"stories", path/"chat") if (p/"metrics.jsonl").is_file()]
+    found = [p for p in (path, path / "stories", path / "chat") if (p / "metrics.jsonl").is_file()]
     if found: return found
     beside = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
     near = "" if path.exists() else did_you_mean(path.name, beside)
@@ -297,8 +297,8 @@ def plot(
         png, fig = io.BytesIO(), Run(folder).plot()
         fig.savefig(png, format="png")
         plt.close(fig)
-        write_file(folder/"plots.png", png.getvalue())
-        print(folder/"plots.png")
+        write_file(folder / "plots.png", png.getvalue())
+        print(folder / "plots.png")
 
 # %% ../../nbs/5_deployment/05_cli.ipynb #29f6bbde
 def info_rows(

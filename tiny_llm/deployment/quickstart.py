@@ -104,11 +104,11 @@ def begin(
     resume: bool,
 ) -> dict:         # minutes, seed, preset to work with
     "Take up the quickstart in a folder, or found one; complain about a folder that holds anything else."
-    file = folder/"quickstart.json"
+    file = folder / "quickstart.json"
     past = read_json(file) if file.is_file() else None
     if resume:
         if not past: raise UserError(f"{folder} holds no quickstart to resume; name its folder with --out, or leave --resume out")
-        if (folder/"summary.json").is_file(): raise UserError(f"the quickstart in {folder} is finished; talk to it with: tiny_llm chat --model {folder}")
+        if (folder / "summary.json").is_file(): raise UserError(f"the quickstart in {folder} is finished; talk to it with: tiny_llm chat --model {folder}")
         for name, value in asked.items():
             if value not in (None, past[name]): raise UserError(f"{name} is {value}, but the quickstart in {folder} was begun with {past[name]}; leave --{name} out")
         return past
@@ -124,9 +124,9 @@ def stage(
 ):            # Run, from disk
     "A run that is finished, gone on with or begun, whichever its folder calls for."
     from tiny_llm.training.run import Run
-    summary = folder/"summary.json"
+    summary = folder / "summary.json"
     if not (summary.is_file() and read_json(summary).get("stopped") == "finished"):
-        finished(go(out=folder, resume=(folder/"config.json").is_file()), f"tiny_llm quickstart --out {folder.parent} --resume")
+        finished(go(out=folder, resume=(folder / "config.json").is_file()), f"tiny_llm quickstart --out {folder.parent} --resume")
     return Run(folder)
 
 # %% ../../nbs/5_deployment/04_quickstart.ipynb #dbd61693
@@ -148,13 +148,13 @@ def learn(
     torch.manual_seed(q["seed"])
     model = Transformer(preset(q["preset"], vocab_size=len(tok), ctx=r["ctx"]))
     note(f"1 of 3: training on {len(docs):,} stories for {clock(60 * first)}")
-    told = stage(folder/"stories", lambda **kw: train(model, tok, docs, val=stories(r["held_out"], split="val"), minutes=first, **same, **r["train"], **kw))
+    told = stage(folder / "stories", lambda **kw: train(model, tok, docs, val=stories(r["held_out"], split="val"), minutes=first, **same, **r["train"], **kw))
     rest = round(max(0.02, q["minutes"] - told.summary["seconds"] / 60), 4)          # equation 5.04.2
     chats = conversations(max(500, int(r["chats_per_minute"] * rest)), seed=q["seed"])
     note(f"2 of 3: fine-tuning on {len(chats):,} conversations for {clock(60 * rest)}")
     model, tok = open_model(told.folder, device)
     held, replay = conversations(r["held_out"], split="val"), docs[:int(r["replay"] * len(chats))]
-    return told, stage(folder/"chat", lambda **kw: finetune(model, tok, chats, val=held, replay=replay, minutes=rest, **same, **r["finetune"], **kw))
+    return told, stage(folder / "chat", lambda **kw: finetune(model, tok, chats, val=held, replay=replay, minutes=rest, **same, **r["finetune"], **kw))
 
 # %% ../../nbs/5_deployment/04_quickstart.ipynb #45bfd21e
 def judge(
@@ -224,7 +224,7 @@ def quickstart(
     told, tuned = learn(folder, q, device)
     s = judge(told, tuned, device) | dict(folder=str(folder), wall_seconds=time.perf_counter() - start)
     card = report_card(s)
-    save(*open_model(tuned.folder, "cpu"), folder/"model", card=f"# A model made by tiny_llm quickstart\n\n```\n{card}\n```\n")
-    write_file(folder/"summary.json", json.dumps(s, indent=1))
+    save(*open_model(tuned.folder, "cpu"), folder / "model", card=f"# A model made by tiny_llm quickstart\n\n```\n{card}\n```\n")
+    write_file(folder / "summary.json", json.dumps(s, indent=1))
     print("\n" + card + "\n", flush=True)
     return s

@@ -118,7 +118,7 @@ class Batch:
     w: torch.Tensor    # float32 loss weights of the targets; 0 on padding
     doc: torch.Tensor  # int64, which piece of its row a token belongs to; -1 on padding
     pos: torch.Tensor  # int64, position within the piece
-    tok: Tokenizer|None = None
+    tok: Tokenizer | None = None
 
     def to(self, device):
         "The same batch on another device."
@@ -164,13 +164,13 @@ def _index(tokens, ctx, make):
     size, first = make("size", np.int32, D), make("first", np.int64, D + 1)
     for i, j in tokens.spans(BLOCK):
         alone, rest, order = _whole_and_rest(tokens.lengths_of(i, j), ctx)
-        whole[i+1:j+1] = whole[i] + np.cumsum(alone)
+        whole[i + 1:j + 1] = whole[i] + np.cumsum(alone)
         places, counts = _packed(rest[order], ctx)
         d = order[places]                                    # the documents in the order of their rows
-        src[P:P+len(d)], size[P:P+len(d)] = tokens.starts[i:j][d] + alone[d] * ctx, rest[d]
-        first[R+1:R+1+len(counts)] = P + np.cumsum(counts)
+        src[P:P + len(d)], size[P:P + len(d)] = tokens.starts[i:j][d] + alone[d] * ctx, rest[d]
+        first[R + 1:R + 1 + len(counts)] = P + np.cumsum(counts)
         P, R = P + len(d), R + len(counts)
-    return whole, src, size, first[:R+1]
+    return whole, src, size, first[:R + 1]
 
 def _kept_index(tokens, ctx):
     "The index in the folder PATH.rowsCTX, mapped; made first where it is missing or belongs to another corpus."
@@ -179,12 +179,12 @@ def _kept_index(tokens, ctx):
     corpus = sha256(tokens.path.with_name(f"{tokens.path.name}.json"))
     about = dict(format="tiny_llm rows", version=1, ctx=ctx, block=BLOCK, corpus=corpus)
     if found := _opened_index(folder, about): return found
-    make = lambda name, dtype, n: np.lib.format.open_memmap(part/f"{name}.npy", "w+", dtype, (n,))
+    make = lambda name, dtype, n: np.lib.format.open_memmap(part / f"{name}.npy", "w+", dtype, (n,))
     try:
         part.mkdir(parents=True)
         rows = len(_index(tokens, ctx, make)[-1]) - 1
-        write_file(part/"rows.json", json.dumps({**about, "rows": rows}))
-        if (folder/"rows.json").exists() and not _opened_index(folder, about): shutil.rmtree(folder)
+        write_file(part / "rows.json", json.dumps({**about, "rows": rows}))
+        if (folder / "rows.json").exists() and not _opened_index(folder, about): shutil.rmtree(folder)
         try: part.rename(folder)
         except OSError:                                      # another process was as quick?
             if not _opened_index(folder, about): raise
@@ -197,8 +197,8 @@ def _kept_index(tokens, ctx):
 def _opened_index(folder, about):
     "The arrays of an index on disk, or None if it is missing, damaged or another's."
     try:
-        found = read_json(folder/"rows.json")
-        whole, src, size, first = (np.load(folder/f"{n}.npy", mmap_mode="r") for n in ("whole", "src", "size", "first"))
+        found = read_json(folder / "rows.json")
+        whole, src, size, first = (np.load(folder / f"{n}.npy", mmap_mode="r") for n in ("whole", "src", "size", "first"))
         if {**found, **about} == found: return whole, src, size, first[:found["rows"] + 1]
     except (UserError, OSError, ValueError, KeyError): pass
 
@@ -266,7 +266,7 @@ def scattered(
     seed,    # of the permutation: what np.random.default_rng takes
 ):           # (M,) int64
     "Where a random permutation of 0 .. n-1 sends some numbers, without the permutation: equation (2.10.5)."
-    u, keys = np.uint64, np.random.default_rng(seed).integers(0, 2**64, 6, np.uint64)
+    u, keys = np.uint64, np.random.default_rng(seed).integers(0, 2 ** 64, 6, np.uint64)
     h = max(1, (max(n - 1, 1).bit_length() + 1) // 2)
     i, low, todo = np.array(i, u), u(2 ** h - 1), np.arange(len(i))
     while len(todo):

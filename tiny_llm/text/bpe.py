@@ -226,8 +226,8 @@ class BPE:
     "A byte-level BPE tokenizer in plain Python. Made by `train_bpe` or `BPE.load`."
     def __init__(self,
         file: dict,                 # the content of a tokenizer.json
-        template: str|None = None,  # chat template (Jinja)
-        named: dict|None = None,    # names of bos_token, eos_token, pad_token
+        template: str | None = None,  # chat template (Jinja)
+        named: dict | None = None,  # names of bos_token, eos_token, pad_token
     ):
         self.file, self.template, self.named = file, template, named
         model, added = file["model"], file.get("added_tokens") or []
@@ -301,10 +301,10 @@ def merge_short(ids, rank, made):
     ranks = [get(pair, INF) for pair in zip(ids, ids[1:])]
     while ranks and (r := min(ranks)) < INF:
         i = ranks.index(r)
-        ids[i:i+2] = [made[r]]
+        ids[i:i + 2] = [made[r]]
         del ranks[i]
-        if i: ranks[i-1] = get((ids[i-1], ids[i]), INF)
-        if i < len(ranks): ranks[i] = get((ids[i], ids[i+1]), INF)
+        if i: ranks[i - 1] = get((ids[i - 1], ids[i]), INF)
+        if i < len(ranks): ranks[i] = get((ids[i], ids[i + 1]), INF)
     return ids
 
 def merge_long(ids, rank, made):
@@ -411,7 +411,7 @@ def decode(self: BPE,
 @patch
 def save(self: BPE,
     folder,                # made if it is missing
-    ctx: int|None = None,  # longest text the model reads, in tokens
+    ctx: int | None = None,  # longest text the model reads, in tokens
 ):
     "Write tokenizer.json and tokenizer_config.json, which tokenizers, transformers and `BPE.load` read."
     self.tokenizer().save(folder, ctx)
@@ -424,8 +424,8 @@ def load(cls: BPE,
     "Open a byte-level BPE tokenizer, ours or another's."
     where = Path(where)
     for names in ("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"):
-        files = [where/n for n in names]
-        if not (where/"tokenizer.json").is_file() and all(f.is_file() for f in files):
+        files = [where / n for n in names]
+        if not (where / "tokenizer.json").is_file() and all(f.is_file() for f in files):
             return cls(_from_pair(*files, pattern))
     if pattern is not None: raise UserError(f"{where} brings its own pattern; leave `pattern` out.")
     tok = Tokenizer.load(where)

@@ -57,13 +57,13 @@ class Card:
     documents: int
     bytes: int          # of UTF-8
     characters: int
-    tokens: int|None    # None: no tokenizer was given
+    tokens: int | None  # None: no tokenizer was given
     lengths: dict       # in characters: shortest, median, mean, longest; histogram {from: documents} by powers of 2
     scripts: dict       # share of the characters
     lines: list         # (line, in how many documents it stands), of those that come often
     duplicates: dict    # exact, near: documents
     suspects: dict      # filter: documents, bytes, examples
-    leak: dict|None     # share of the validation set that stands in this text; None: no validation set
+    leak: dict | None   # share of the validation set that stands in this text; None: no validation set
 
     def to_dict(self) -> dict: return asdict(self)
 
@@ -150,10 +150,10 @@ def data_card(
     split: str = "train",      # of a source
     tok=None,                  # Tokenizer that counts the tokens
     val=None,                  # validation documents, for the leak; None: of a source its own; False: none
-    limit: int|None = None,    # documents at most
+    limit: int | None = None,  # documents at most
     seed: int = 0,             # of the stories
-    column: str|None = None,   # of the text, in rows
-    near: float|None = 0.8,    # similarity of near duplicates; None: do not look for them
+    column: str | None = None,  # of the text, in rows
+    near: float | None = 0.8,  # similarity of near duplicates; None: do not look for them
     n: int = 50,               # characters in a window of the leak
     progress: bool = True,     # show how far it is
 ) -> Card:

@@ -35,7 +35,7 @@ def is_code(doc: str) -> bool:
     return bool(_code_line.search(head)) or head.count("(") + head.count("_") > 5 and _share(head, b"()_") >= CODE_MARKS
 
 # %% ../../nbs/2_text/08_cleaning.ipynb #e7d30753
-MIN_CHARS, NOTICE_SHARE, NOTICE_CHARS = 20, 1/3, 2000
+MIN_CHARS, NOTICE_SHARE, NOTICE_CHARS = 20, 1 / 3, 2000
 NOTICES = r"""[45]\d\d\W{0,3}(?:error\W{0,3})?(?:not found|forbidden|bad request|bad gateway|unauthori[sz]ed|too many requests|gone)
 [45]\d\d\W{0,3}(?:internal server|service (?:temporarily )?unavailable|gateway time)
 (?:page|file|url|object|resource) (?:was |could |can)?not (?:be )?found
@@ -268,7 +268,7 @@ class _Near:
         for i, row in enumerate(keys.tolist()):
             seen = {n for n in old[i].tolist() if n >= 0} | {here[k] for k in row if k in here}
             equal = max(((low[i] == self.bytes[n >> 12][n & 4095]).mean() for n in seen), default=0)
-            alike = (equal - 1/256) / (1 - 1/256)
+            alike = (equal - 1 / 256) / (1 - 1 / 256)
             out.append(alike if alike >= self.near else None)
             if alike >= self.near: continue
             if self.n % 4096 == 0: self.bytes.append(np.empty((4096, BANDS * ROWS), np.uint8))
@@ -312,7 +312,7 @@ class Report:
     def __str__(self):
         lines = [f"{name:16}{n:>11,} documents {size:>15,} bytes {share:>7.2%}" for name, n, size, share in self.rows()]
         for i, name in reversed(list(enumerate([r[0] for r in self.rows()]))):
-            lines[i+1:i+1] = [f"    {text!r}: {why}" for why, text in self.examples.get(name, [])]
+            lines[i + 1:i + 1] = [f"    {text!r}: {why}" for why, text in self.examples.get(name, [])]
         return "\n".join(lines)
 
     def _repr_html_(self):
@@ -334,8 +334,8 @@ def _chosen(filters):
 def clean(
     docs,                        # an iterable of str, read once
     filters=None,                # None: all; names of FILTERS; or {name: function of a document that returns a reason or None}
-    near: float|None = 0.8,      # drop what is at least so similar to a document kept before; None: only exact duplicates
-    report: Report|None = None,  # is filled while the documents pass; None: one line on stderr at the end
+    near: float | None = 0.8,    # drop what is at least so similar to a document kept before; None: only exact duplicates
+    report: Report | None = None,  # is filled while the documents pass; None: one line on stderr at the end
     progress: bool = True,       # show how far it is
 ):                               # an iterator over the documents kept, in their order
     "The documents worth training on: no error pages, markup, damage, repetition or duplicates."

@@ -30,14 +30,14 @@ class Tokens:
     ids: np.ndarray           # (N,) uint16 or uint32, all documents one after another; may be a memory map
     starts: np.ndarray        # (D+1,) int64: document d is ids[starts[d]:starts[d+1]]
     doc_bytes: np.ndarray     # (D,) int64, UTF-8 bytes of each document's text
-    weights: np.ndarray|None  # (N,) float32, loss weight of each id as a target; None: all 1
+    weights: np.ndarray | None  # (N,) float32, loss weight of each id as a target; None: all 1
     hash: str                 # of the tokenizer
-    tok: Tokenizer|None = None
-    path: Path|None = None    # of the file that is mapped; None: all in memory
-    content: str|None = None  # SHA-256 of the documents, where it is known
+    tok: Tokenizer | None = None
+    path: Path | None = None  # of the file that is mapped; None: all in memory
+    content: str | None = None  # SHA-256 of the documents, where it is known
 
     def __len__(self): return len(self.doc_bytes)
-    def __getitem__(self, d): return self.ids[self.starts[d]:self.starts[d+1]]
+    def __getitem__(self, d): return self.ids[self.starts[d]:self.starts[d + 1]]
     def __repr__(self):
         counts = f"{len(self):,} documents, {self.n_tokens:,} predictions, {self.n_bytes:,} bytes"
         return f"Tokens({counts}, tokenizer {self.hash[:8]})"
@@ -45,7 +45,7 @@ class Tokens:
     def spans(self, size=1 << 20):
         "Documents i to j, `size` at a time, for whoever must not hold them all."
         return ((i, min(i + size, len(self))) for i in range(0, len(self), size))
-    def lengths_of(self, i, j): return np.maximum(np.diff(self.starts[i:j+1]) - 1, 0)
+    def lengths_of(self, i, j): return np.maximum(np.diff(self.starts[i:j + 1]) - 1, 0)
     @property
     def lengths(self): return self.lengths_of(0, len(self))     # (D,) predictions per document
     @cached_property
@@ -116,8 +116,8 @@ def _parts(text, tok, size=LONG):
     start = 0
     while len(text) - start > 2 * size:
         near = range(start + size, min(start + 2 * size, len(text) - 200))
-        edges = (p for p in near if text[p].isspace() and not text[p-1].isspace())
-        tried = (p for p in islice(edges, 50) if _may_cut(text[p-200:p], text[p:p+200], tok))
+        edges = (p for p in near if text[p].isspace() and not text[p - 1].isspace())
+        tried = (p for p in islice(edges, 50) if _may_cut(text[p - 200:p], text[p:p + 200], tok))
         if (p := next(tried, None)) is None: break
         yield text[start:p]
         start = p
@@ -320,7 +320,7 @@ def tokenize(
         raise UserError("a stream can be read only once, and a cache must look at it first; give a list, or the function "
                         "that opens the stream: tokenize(lambda: read(…), tok, cache=…).")
     content = content_of(docs() if callable(docs) else docs)
-    path = Path(cache)/sha256(f"{content} {tok.hash}".encode())[:20]
+    path = Path(cache) / sha256(f"{content} {tok.hash}".encode())[:20]
     try:
         there = open_tokens(path, tok)
         if there.content == content: return there
@@ -344,7 +344,7 @@ def _tokenize(docs, tok, path, workers, quiet, content=None):
             raise UserError("the documents changed while they were read; nothing was kept, run it again.")
         starts = np.concatenate([[0], *lengths]).cumsum()
         flat = np.ones(starts[-1], np.float32) if weights else None
-        for d, w in weights.items(): flat[starts[d]:starts[d+1]] = w
+        for d, w in weights.items(): flat[starts[d]:starts[d + 1]] = w
         return dict(starts=starts, doc_bytes=np.concatenate(sizes), weights=flat, content=digest.hexdigest())
     if path is None: return Tokens(np.concatenate(list(blocks())), **rest(), hash=tok.hash, tok=tok)
     _write(Path(path), np.uint16 if len(tok) <= 1 << 16 else np.uint32, blocks(), rest, tok)

@@ -16,7 +16,7 @@ from ..basics import UserError, did_you_mean, note
 # %% ../../nbs/2_text/06b_files.ipynb #dea4944f
 TEXT = (".txt", ".text", ".md", ".rst", ".py")
 ROWS = (".jsonl", ".json", ".csv", ".parquet")
-BLOCK = 2**20  # bytes read at once
+BLOCK = 2 ** 20  # bytes read at once
 
 def _zstd(raw):
     "Zstandard, by pyarrow, which comes with datasets."
@@ -210,7 +210,7 @@ def csv_rows(
     pieces,    # its text, as `read_text` gives it
 ):             # iterator of dicts
     "Rows of a .csv file with a header."
-    csv.field_size_limit(2**31 - 1)
+    csv.field_size_limit(2 ** 31 - 1)
     reader, n = csv.DictReader((line + "\n" for line in lines_of(pieces)), strict=True), 0
     try:
         n = reader.fieldnames and reader.line_num

@@ -52,7 +52,7 @@ class Reader(Teller):
         kind, role, form = part
         if (w := roles.get(role)) is not None:
             want, nats = w.forms[form], 0.0
-            if self.given.startswith(want, at) and not self.given[at+len(want):at+len(want)+1].isalnum(): return w, at + len(want), nats
+            if self.given.startswith(want, at) and not self.given[at + len(want):at + len(want) + 1].isalnum(): return w, at + len(want), nats
             kind = w.kind
             raise Fault(at, self.fault_kind(at, kind, form), want)
         find, texts = pattern(kind, form)
@@ -75,12 +75,12 @@ def fault_kind(self: Reader, at, kind, form):
 @patch
 def differs(self: Reader, want, at):
     "Raise the Fault of a text that goes on differently from `want`."
-    n = next((i for i, c in enumerate(want) if self.given[at+i:at+i+1] != c), len(want))
+    n = next((i for i, c in enumerate(want) if self.given[at + i:at + i + 1] != c), len(want))
     begin = at + n
-    while begin > at and self.given[begin-1:begin].isalpha(): begin -= 1
+    while begin > at and self.given[begin - 1:begin].isalpha(): begin -= 1
     if at + n >= len(self.given): raise Fault(at + n, "unfinished", want[n:])
     word = re.compile(r"[A-Za-z]*").match(self.given, begin).group()
-    raise Fault(at + n, "spelling" if word and word not in known_words() else "grammar", want[begin-at:])
+    raise Fault(at + n, "spelling" if word and word not in known_words() else "grammar", want[begin - at:])
 
 # %% ../../nbs/2_text/02_judge.ipynb #e2e2ab8d
 @patch

@@ -78,7 +78,7 @@ def steps(self: Merges, chunk):
     while len(now) > 1:
         rank, i = min((self.ranks.get(pair, math.inf), i) for i, pair in enumerate(zip(now, now[1:])))
         if rank == math.inf: break
-        top, now[i:i+2] = max(top, rank), [now[i] + now[i+1]]
+        top, now[i:i + 2] = max(top, rank), [now[i] + now[i + 1]]
         done.append((top, i))
     if self.whole and (rank := self.learnt.get(chunk, math.inf)) < math.inf:  # a known chunk is taken whole
         done = [s for s in done if s[0] < rank]
@@ -103,13 +103,13 @@ def chunk_pieces(self: Merges, chunk, k):
     now = list(start)
     for top, i in done:
         if top >= k: break
-        now[i:i+2] = [now[i] + now[i+1]]
+        now[i:i + 2] = [now[i] + now[i + 1]]
     return now
 
 @patch
 def pieces(self: Merges,
     text: str,         # any text
-    k: int|None = None # merges in use, the first k; None: all
+    k: int | None = None # merges in use, the first k; None: all
 ) -> list:             # tokens, as they stand in the vocabulary
     "The tokens of a text after the first k merges."
     k = self._count(k)
@@ -163,7 +163,7 @@ def tiles(self: Merges, text, k):
 @patch
 def facts(self: Merges,
     text: str,          # any text
-    k: int|None = None  # merges in use
+    k: int | None = None  # merges in use
 ) -> dict:
     "Counts of a text after k merges, and the merge learnt last."
     k, lengths = self._count(k), self.lengths(text)
@@ -314,7 +314,7 @@ def __repr__(self: Playground):
 def static(self: Playground) -> str:
     "The text after none, few, many and all merges, and the curve: HTML for pages without a kernel."
     n = len(self.merges)
-    some = sorted({0, round(n**0.5), round(n**0.75), n, self.k})
+    some = sorted({0, round(n ** 0.5), round(n ** 0.75), n, self.k})
     rows = ['<div style="margin:0 0 12px">' f"<b>{k:,} merges</b>{''.join(self._parts(k)[:2])}</div>" for k in some]
     return "".join(rows) + self._parts(self.k)[2]
 

@@ -36,7 +36,7 @@ FEW = 200  # a source with fewer documents is split by position, not by hash
 
 def _bucket(doc):
     "The split of a document, from its own bytes: 5% val, 5% test, the rest train."
-    x = int(sha256(doc.encode("utf-8", "replace"))[:8], 16) / 2**32
+    x = int(sha256(doc.encode("utf-8", "replace"))[:8], 16) / 2 ** 32
     return "val" if x < 0.05 else "test" if x < 0.10 else "train"
 
 def _cut_at(docs, n):
@@ -48,9 +48,9 @@ def _cut_at(docs, n):
     else: return docs, []
     near = total / 40
     if n - seen <= near and i: return docs[:i], docs[i:]
-    if seen + len(d) - n <= near and i + 1 < len(docs): return docs[:i+1], docs[i+1:]
+    if seen + len(d) - n <= near and i + 1 < len(docs): return docs[:i + 1], docs[i + 1:]
     at = max(d.rfind("\n", 0, n - seen), 0) or max(d.rfind(" ", 0, n - seen), 0) or n - seen
-    return [x for x in (*docs[:i], d[:at].strip()) if x], [x for x in (d[at:].strip(), *docs[i+1:]) if x]
+    return [x for x in (*docs[:i], d[:at].strip()) if x], [x for x in (d[at:].strip(), *docs[i + 1:]) if x]
 
 def _split(docs, split, among=("val", "test")):
     "One split of documents that lack the splits in `among`: by position if they are few, else by hash."
@@ -180,7 +180,7 @@ def _in_data_folder(name):
     root = Path(root)
     if not root.is_dir(): raise UserError(f"TINY_LLM_DATA names {str(root)!r}, which is no folder.")
     plain = lambda n: re.sub(r"[^a-z0-9]", "", n.lower())
-    if (root/name).exists(): return root/name
+    if (root / name).exists(): return root / name
     if Path(name).exists() or kind_of(name) in TEXT + ROWS: return None
     want = plain(name.split("/")[-1])
     alike = (p for p in sorted(root.iterdir()) if want in (plain(p.name), plain(p.name.split(".")[0])))
@@ -216,10 +216,10 @@ _named = re.compile(r"(train|training|validation|valid|val|dev|test|testing)(?![
 
 def _is_repository(folder):
     "Whether a folder is a dataset repository: its README says so, or files of rows are named by split."
-    readme = folder/"README.md"
+    readme = folder / "README.md"
     head = readme.read_text(encoding="utf-8", errors="replace")[:20_000] if readme.is_file() else ""
     if re.match(r"---\n(.*\n)*?(configs|dataset_info):", head): return True
-    files = [p for d in (folder, folder/"data") if d.is_dir() for p in d.iterdir()]
+    files = [p for d in (folder, folder / "data") if d.is_dir() for p in d.iterdir()]
     return any(_named.fullmatch(p.name) and kind_of(p) in ROWS for p in files)
 
 def _saved(path, split, column):
@@ -237,7 +237,7 @@ def _local(path, split, column):
     if path.is_file(): return _split(read_files([path], column), split)
     if not path.is_dir(): raise UserError(f"{path} is neither a file nor a folder.")
     try:
-        saved = (path/"dataset_dict.json").is_file() or (path/"state.json").is_file()
+        saved = (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
         if saved: return _saved(path, split, column)
         if _is_repository(path): return _streamed(path, split, column)
     except PermissionError as e: raise UserError(f"{e.filename} cannot be read ({reason(e)}).") from None
@@ -290,9 +290,9 @@ def _find(source, split, limit, seed, column):
 def read(
     source="stories",        # list | "stories" | "python" | file | folder | dataset name | {source: weight}
     split: str = "train",    # train, val or test
-    limit: int|None = None,  # documents at most; None: all; stories and hub: 20,000 (val, test: 1,000)
+    limit: int | None = None,  # documents at most; None: all; stories and hub: 20,000 (val, test: 1,000)
     seed: int = 0,           # which stories are drawn; which part of a mixture begins
-    column: str|None = None, # column of the text; None: text, content, story, …, or the only one
+    column: str | None = None, # column of the text; None: text, content, story, …, or the only one
     start: int = 0,          # so many documents are passed over: go on where a stream had stopped
 ):                           # iterator of documents, each a str
     "The documents of one split of a source, one by one, in the memory that the longest one takes."
@@ -321,9 +321,9 @@ def _counted(docs, name, split, start):
 def documents(
     source="stories",        # as in `read`
     split: str = "train",    # train, val or test
-    limit: int|None = None,  # documents at most; None: all; stories and hub: 20,000 (val, test: 1,000)
+    limit: int | None = None,  # documents at most; None: all; stories and hub: 20,000 (val, test: 1,000)
     seed: int = 0,           # which stories are drawn; which part of a mixture begins
-    column: str|None = None, # column of the text; None: text, content, story, …, or the only one
+    column: str | None = None, # column of the text; None: text, content, story, …, or the only one
 ) -> list:                   # documents, each a str
     "The documents of one split of a source, as a list. Splits that are made here share none."
     return list(read(source, split, limit, seed, column))

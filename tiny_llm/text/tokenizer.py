@@ -41,8 +41,8 @@ class Tokenizer:
     "Text to ids and back, and conversations to ids with loss weights. Wraps a `tokenizers.Tokenizer`."
     def __init__(self,
         tk,                         # tokenizers.Tokenizer
-        template: str|None = None,  # chat template (Jinja); None: ours, if it has our special tokens
-        named: dict|None = None,    # names of bos_token, eos_token, pad_token; None: guess
+        template: str | None = None,  # chat template (Jinja); None: ours, if it has our special tokens
+        named: dict | None = None,  # names of bos_token, eos_token, pad_token; None: guess
     ):
         tk.no_padding(); tk.no_truncation()
         self._json = tk.to_str()
@@ -281,7 +281,7 @@ def chat(self: Tokenizer,
     spans = []
     for i, m in enumerate(messages):
         if m["role"] != "assistant": continue
-        head, whole = self.chat_text(messages[:i], True), self.chat_text(messages[:i+1])
+        head, whole = self.chat_text(messages[:i], True), self.chat_text(messages[:i + 1])
         if not (whole.startswith(head) and text.startswith(whole)):
             raise UserError("this chat template writes a message differently when another follows; "
                             "the assistant's part cannot be told.")
@@ -299,15 +299,15 @@ def chat(self: Tokenizer,
 @patch
 def save(self: Tokenizer,
     folder,                # made if it is missing
-    ctx: int|None = None,  # longest text the model reads, in tokens: model_max_length for transformers
+    ctx: int | None = None,  # longest text the model reads, in tokens: model_max_length for transformers
 ):
     "Write tokenizer.json and tokenizer_config.json, which `Tokenizer.load` and AutoTokenizer read."
     config = dict(tokenizer_class="PreTrainedTokenizerFast", **{k: v for k, v in self.named.items() if v},
                   add_bos_token=False, add_eos_token=False, clean_up_tokenization_spaces=False,
-                  model_max_length=ctx or 10**30, model_input_names=["input_ids", "attention_mask"])
+                  model_max_length=ctx or 10 ** 30, model_input_names=["input_ids", "attention_mask"])
     if self.template: config["chat_template"] = self.template
-    write_file(Path(folder)/"tokenizer.json", json.dumps(json.loads(self._json), ensure_ascii=False, indent=1))
-    write_file(Path(folder)/"tokenizer_config.json", json.dumps(config, ensure_ascii=False, indent=1))
+    write_file(Path(folder) / "tokenizer.json", json.dumps(json.loads(self._json), ensure_ascii=False, indent=1))
+    write_file(Path(folder) / "tokenizer_config.json", json.dumps(config, ensure_ascii=False, indent=1))
 
 @patch(cls_method=True)
 def load(cls: Tokenizer,
@@ -315,11 +315,11 @@ def load(cls: Tokenizer,
 ) -> Tokenizer:
     "Open a saved tokenizer, with its chat template and the names of its special tokens."
     folder = Path(folder)
-    file = folder if folder.is_file() else folder/"tokenizer.json"
+    file = folder if folder.is_file() else folder / "tokenizer.json"
     if not file.is_file(): raise UserError(f"{file} does not exist; name a folder that holds a tokenizer.json.")
     try: tk = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
     except Exception as e: raise UserError(f"{file} is no tokenizer.json that can be read ({e}).") from None
-    beside, jinja = file.parent/"tokenizer_config.json", file.parent/"chat_template.jinja"
+    beside, jinja = file.parent / "tokenizer_config.json", file.parent / "chat_template.jinja"
     config = read_json(beside) if beside.is_file() else {}
     try: template = jinja.read_text(encoding="utf-8") if jinja.is_file() else config.get("chat_template")
     except (OSError, ValueError) as e: raise UserError(f"{jinja} cannot be read ({e}); copy it again.") from None

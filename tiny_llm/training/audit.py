@@ -35,8 +35,8 @@ class Audit:
     bytes_per_token: float
     bits_per_byte: float    # equation (3.07.1)
     marks: dict             # name -> bits per byte of others
-    fits: tuple|None        # how often the parameters hold the training text, at 2 and at 3.6 bits: (3.07.2)
-    epochs: float|None      # how often each token is read: (3.07.3)
+    fits: tuple | None      # how often the parameters hold the training text, at 2 and at 3.6 bits: (3.07.2)
+    epochs: float | None    # how often each token is read: (3.07.3)
     doubts: list            # sentences; empty if nothing speaks against the number
 
     def _lines(self):

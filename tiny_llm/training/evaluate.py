@@ -31,12 +31,12 @@ def token_nats(
     out, order, was = [None] * len(ids), sorted(range(len(ids)), key=lambda i: len(ids[i])), model.training
     model.eval()
     for k in range(0, len(order), batch):
-        some = order[k:k+batch]
+        some = order[k:k + batch]
         rows = [torch.tensor(ids[i]) for i in some]
         rows = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tok.eos).to(model.device)
         logits = model(rows[:, :-1]).float()
         nats = F.cross_entropy(logits.transpose(1, 2), rows[:, 1:], reduction="none").cpu()
-        for i, row in zip(some, nats): out[i] = row[:len(ids[i])-1]
+        for i, row in zip(some, nats): out[i] = row[:len(ids[i]) - 1]
     model.train(was)
     return out
 
@@ -75,7 +75,7 @@ def sum_by_kind(
     for kind, by_story in sums.items():
         gaps, (words, loss, floor) = by_story[1] - by_story[2], (by_story.sum(1) / n).tolist()
         out.append(dict(kind=kind, words=words, loss=loss, floor=floor, gap=loss - floor,
-                        se=gaps.std().item() / n**0.5, gap_per_word=(loss - floor) / words))
+                        se=gaps.std().item() / n ** 0.5, gap_per_word=(loss - floor) / words))
     return sorted(out, key=lambda r: -r["gap"])
 
 def gap_by_kind(

@@ -126,11 +126,11 @@ def save(
     new = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     shutil.rmtree(new, ignore_errors=True)
     try:
-        for name, data in _files(model, tok, generation).items(): write_file(new/name, data)
+        for name, data in _files(model, tok, generation).items(): write_file(new / name, data)
         tok.save(new, ctx=model.cfg.ctx)
         sums = [f"{sha256(p)}  {p.name}\n" for p in sorted(new.iterdir())]
-        write_file(new/"README.md", _card(model, tok, card))
-        write_file(new/SUMS, "".join(sums))
+        write_file(new / "README.md", _card(model, tok, card))
+        write_file(new / SUMS, "".join(sums))
         swap_in(new, folder)
     except OSError as e: raise UserError(f"{folder} could not be written ({e.strerror})") from e
     finally: shutil.rmtree(new, ignore_errors=True)
@@ -139,8 +139,8 @@ def save(
 # %% ../../nbs/3_training/02_folder.ipynb #c2dc8b0f
 def _verify(folder):
     "UserError if a file is missing or is not the one that SHA256SUMS describes."
-    if not (folder/SUMS).is_file(): return
-    text = (folder/SUMS).read_bytes().decode(errors="replace").removesuffix("\n")
+    if not (folder / SUMS).is_file(): return
+    text = (folder / SUMS).read_bytes().decode(errors="replace").removesuffix("\n")
     lines = [re.fullmatch(r"([0-9a-f]{64}) [ *](?:.*/)?(.+)", line) for line in text.split("\n")]
     named = {m[2] for m in lines if m}
     enough = {"config.json", "tokenizer.json"} <= named and any(n.endswith(".safetensors") for n in named)
@@ -148,7 +148,7 @@ def _verify(folder):
         raise UserError(f"{folder/SUMS} is damaged: it does not list the SHA-256 of a model's files. "
                         "Copy the folder again")
     for m in lines:
-        file = folder/m[2]
+        file = folder / m[2]
         if not file.is_file(): raise UserError(f"{file} is missing, though {SUMS} names it; copy the folder again")
         if sha256(file) != m[1]:
             raise UserError(f"{file} is damaged: its SHA-256 is not the one in {SUMS}. "
@@ -157,12 +157,12 @@ def _verify(folder):
 # %% ../../nbs/3_training/02_folder.ipynb #8e671131
 def _weights(folder):
     "All tensors of a folder, from one file or from the parts that an index names."
-    files, index = [folder/WEIGHTS], folder/f"{WEIGHTS}.index.json"
+    files, index = [folder / WEIGHTS], folder / f"{WEIGHTS}.index.json"
     if not files[0].is_file() and index.is_file():
         parts = read_json(index).get("weight_map")
         if not isinstance(parts, dict) or not all(isinstance(name, str) for name in parts.values()):
             raise UserError(f"{index} names no files of weights; copy it again")
-        files = [folder/Path(name).name for name in sorted(set(parts.values()))]
+        files = [folder / Path(name).name for name in sorted(set(parts.values()))]
     state = {}
     for file in files:
         if not file.is_file():
@@ -181,11 +181,11 @@ def model_folder(
 ) -> Path:    # model folder
     "Where in a folder the model is, or a UserError that says where else to look."
     path = Path(path).expanduser()
-    for p in (path, *(path/name for name in INNER)): mend(p)
-    here = any((path/name).is_file() for name in (WEIGHTS, f"{WEIGHTS}.index.json"))
-    inner = path if here else next((path/name for name in INNER if (path/name).is_dir()), path)
-    if (inner/"config.json").is_file():
-        if inner != path or not (path/"metrics.jsonl").is_file(): return inner
+    for p in (path, *(path / name for name in INNER)): mend(p)
+    here = any((path / name).is_file() for name in (WEIGHTS, f"{WEIGHTS}.index.json"))
+    inner = path if here else next((path / name for name in INNER if (path / name).is_dir()), path)
+    if (inner / "config.json").is_file():
+        if inner != path or not (path / "metrics.jsonl").is_file(): return inner
         raise UserError(f"the run in {path} has saved no model yet")
     if inner.is_dir(): raise UserError(f"{inner} is not a model folder: it has no config.json")
     beside = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
@@ -205,7 +205,7 @@ def load(
         return model.to(pick_device(device)), Tokenizer(tk, named.pop("chat_template", None), named)
     folder, device = model_folder(folder), pick_device(device)
     _verify(folder)
-    config = read_json(folder/"config.json")
+    config = read_json(folder / "config.json")
     try: model = from_hf(config, _weights(folder))
     except UserError as e: raise UserError(str(e) if str(folder) in str(e) else f"{folder}: {e}") from None
     except (TypeError, ValueError, ArithmeticError, AttributeError, LookupError) as e:

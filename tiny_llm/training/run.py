@@ -145,8 +145,8 @@ def write_checkpoint(
     shutil.rmtree(new, ignore_errors=True)
     try:
         save(model, tok, new, card=card)
-        file = write_file(new/"state"/"optimizer.safetensors", to_bytes({k: v.contiguous() for k, v in opt.state_dict().items()}))
-        write_sealed(new/"state"/"state.json", {**state, "random": _random_states(), "optimizer": sha256(file)})
+        file = write_file(new / "state" / "optimizer.safetensors", to_bytes({k: v.contiguous() for k, v in opt.state_dict().items()}))
+        write_sealed(new / "state" / "state.json", {**state, "random": _random_states(), "optimizer": sha256(file)})
         swap_in(new, folder)
     finally: shutil.rmtree(new, ignore_errors=True)
 
@@ -155,7 +155,7 @@ def sweep(
     folder,   # run folder
 ):
     "Put back what a kill left half-done: mend last/ and best/, and remove what was being written."
-    for name in ("last", "best"): mend(Path(folder)/name)
+    for name in ("last", "best"): mend(Path(folder) / name)
     for p in Path(folder).glob(".*"):
         if p.is_dir() and p.name.endswith((".new", ".old", ".part")): shutil.rmtree(p, ignore_errors=True)
         elif p.name.endswith(".part"): p.unlink(missing_ok=True)
@@ -172,7 +172,7 @@ def read_checkpoint(
         a, b = asdict(saved.cfg), asdict(model.cfg)
         name = next(k for k in a if a[k] != b[k])
         raise UserError(f"the model has {name} {b[name]}, the one in {folder} has {a[name]}; give the same shape of model to resume")
-    state, file = read_sealed(folder/"state"/"state.json"), folder/"state"/"optimizer.safetensors"
+    state, file = read_sealed(folder / "state" / "state.json"), folder / "state" / "optimizer.safetensors"
     try:
         data = file.read_bytes()
         if sha256(data) != state.pop("optimizer", sha256(data)): raise SafetensorError("its SHA-256 is not the one in state.json")
@@ -195,7 +195,7 @@ def disk_errors(
         cause = e if isinstance(e, OSError) else e.__cause__
         full = isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO)
         if folder is None or not full: raise
-        kept = f"the checkpoint before it, {folder}/last, is intact: make room and go on with resume" if (Path(folder)/"last").exists() else "no checkpoint was written yet"
+        kept = f"the checkpoint before it, {folder}/last, is intact: make room and go on with resume" if (Path(folder) / "last").exists() else "no checkpoint was written yet"
         raise UserError(f"{folder} could not be written ({os.strerror(cause.errno)}); {kept}") from e
 
 # %% ../../nbs/3_training/04_run.ipynb #afed3728
@@ -255,15 +255,15 @@ class Run:
         config=None,    # dict; None: from the folder
     ):
         self.folder, self._model, self._tok = folder and Path(folder), model, tok
-        if folder and metrics is None and not (self.folder/"config.json").exists():
+        if folder and metrics is None and not (self.folder / "config.json").exists():
             raise UserError(f"{folder} is not a run folder: it has no config.json")
-        self.metrics = read_metrics(self.folder/"metrics.jsonl") if metrics is None else metrics
-        self.summary = _there(self.folder/"summary.json") if summary is None else summary
-        self.config = _there(self.folder/"config.json") if config is None else config
+        self.metrics = read_metrics(self.folder / "metrics.jsonl") if metrics is None else metrics
+        self.summary = _there(self.folder / "summary.json") if summary is None else summary
+        self.config = _there(self.folder / "config.json") if config is None else config
 
     @property
     def model(self):   # as it was at the end; the one with the lowest validation loss is `load(folder/"best")`
-        if self._model is None: self._model, self._tok = load(self.folder/"last")
+        if self._model is None: self._model, self._tok = load(self.folder / "last")
         return self._model
 
     @property
@@ -297,7 +297,7 @@ def past_run(
     if folder is None:
         if resume: raise UserError("resume needs the folder of the run: give out")
         return None
-    config, summary = _there(folder/"config.json"), _there(folder/"summary.json")
+    config, summary = _there(folder / "config.json"), _there(folder / "summary.json")
     if resume:
         if not config: raise UserError(f"{folder} holds no run to resume: it has no config.json")
         if summary.get("stopped") == "finished":

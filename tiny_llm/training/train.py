@@ -148,7 +148,7 @@ def log(self: Training,
     if not (s["weight"] or more): return
     self.metrics.append(row | more)
     if self.folder:
-        with open(self.folder/"metrics.jsonl", "a", encoding="utf-8") as f: f.write(json.dumps(self.metrics[-1], ensure_ascii=False) + "\n")
+        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as f: f.write(json.dumps(self.metrics[-1], ensure_ascii=False) + "\n")
 
 @patch
 def evaluate(self: Training,
@@ -181,17 +181,17 @@ def checkpoint(self: Training,
 ):
     "Write last/, and best/ as a copy of it."
     if self.folder is None: return
-    c, last = self.clock, self.folder/"last"
+    c, last = self.clock, self.folder / "last"
     state = dict(step=self.step, tokens=self.tokens, elapsed=c.seconds, lost=c.lost, reserve=c.reserve,
                  best=self.best if math.isfinite(self.best) else None, best_step=self.best_step)
     write_checkpoint(last, self.model, self.tok, self.opt, state, self.card())
     self.saved = time.perf_counter()
     if not best: return
-    new = self.folder/".best.new"
+    new = self.folder / ".best.new"
     shutil.rmtree(new, ignore_errors=True)
     try:
         shutil.copytree(last, new)
-        swap_in(new, self.folder/"best")
+        swap_in(new, self.folder / "best")
     finally: shutil.rmtree(new, ignore_errors=True)
 
 # %% ../../nbs/3_training/05_train.ipynb #1e0efc8e
@@ -199,13 +199,13 @@ def checkpoint(self: Training,
 def restore(self: Training):
     "Go back to last/; without one, to the start. Lines logged after it are taken out."
     sweep(self.folder)
-    if (self.folder/"last").exists():
-        state = read_checkpoint(self.folder/"last", self.model, self.tok, self.opt)
+    if (self.folder / "last").exists():
+        state = read_checkpoint(self.folder / "last", self.model, self.tok, self.opt)
         self.step, self.tokens, self.best_step = state["step"], state["tokens"], state["best_step"]
         self.best = math.inf if state["best"] is None else state["best"]
         self.clock.before, self.clock.lost, self.clock.reserve = state["elapsed"], state["lost"], state["reserve"]
-    self.metrics = [r for r in read_metrics(self.folder/"metrics.jsonl") if r["step"] <= self.step] if self.step else []
-    write_file(self.folder/"metrics.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in self.metrics))
+    self.metrics = [r for r in read_metrics(self.folder / "metrics.jsonl") if r["step"] <= self.step] if self.step else []
+    write_file(self.folder / "metrics.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in self.metrics))
 
 # %% ../../nbs/3_training/05_train.ipynb #ca65249f
 def corpora(
@@ -274,8 +274,8 @@ def finish(self: Training,
         fig, png = run.plot(), io.BytesIO()
         with warnings.catch_warnings(): warnings.simplefilter("ignore"); fig.savefig(png, format="png")   # letters that the font lacks
         plt.close(fig)
-        write_file(self.folder/"plots.png", png.getvalue())
-        write_sealed(self.folder/"summary.json", summary)
+        write_file(self.folder / "plots.png", png.getvalue())
+        write_sealed(self.folder / "summary.json", summary)
     return run
 
 # %% ../../nbs/3_training/05_train.ipynb #d9683176
@@ -304,9 +304,9 @@ def begin(self: Training,
         if now["data"]["sha256"] != past["data"]["sha256"]:
             raise UserError(f"the text is not the one that the run in {self.folder} was started with ({past['data']['documents']:,} documents, {past['data']['bytes']:,} bytes)")
         self.restore()
-    elif self.folder: write_sealed(self.folder/"config.json", now)
+    elif self.folder: write_sealed(self.folder / "config.json", now)
     self.prepare()
-    if self.folder and not past: write_sealed(self.folder/"config.json", self.config(source))
+    if self.folder and not past: write_sealed(self.folder / "config.json", self.config(source))
 
 # %% ../../nbs/3_training/05_train.ipynb #a27c5544
 def run_steps(

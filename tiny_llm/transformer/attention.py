@@ -29,7 +29,7 @@ def causal_mask(
 def _plain(q, k, v, mask):
     "Equation (1.02.5) in tensor operations; heads of a group are stacked, so that keys are not copied."
     (B, H, T, D), (_, K, S, _) = q.shape, k.shape
-    scores = (q * D**-0.5).reshape(B, K, H // K * T, D) @ k.transpose(-1, -2)
+    scores = (q * D ** -0.5).reshape(B, K, H // K * T, D) @ k.transpose(-1, -2)
     scores = scores.view(B, H, T, S)
     if mask is not None: scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     return (scores.softmax(-1).to(v.dtype).view(B, K, H // K * T, S) @ v).view(B, H, T, D)

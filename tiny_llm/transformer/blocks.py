@@ -85,7 +85,7 @@ class SwiGLU(nn.Module):
                  bias=False  # whether both linear layers have biases
                 ):
         super().__init__()
-        self.gate_up = nn.Linear(d_model, 2*d_ff, bias=bias)  # one product instead of two
+        self.gate_up = nn.Linear(d_model, 2 * d_ff, bias=bias)  # one product instead of two
         self.down = nn.Linear(d_ff, d_model, bias=bias)
 
     def forward(self,
@@ -116,8 +116,8 @@ class Attention(nn.Module):
         C, H, K, D = cfg.d_model, cfg.n_heads, cfg.n_kv_heads, cfg.head_dim
         self.heads, self.head_dim = (H, K, K), D
         qkv_bias = cfg.bias if cfg.qkv_bias is None else cfg.qkv_bias
-        self.qkv = nn.Linear(C, (H + 2*K)*D, bias=qkv_bias)  # one product instead of three
-        self.out = nn.Linear(H*D, C, bias=cfg.bias)
+        self.qkv = nn.Linear(C, (H + 2 * K) * D, bias=qkv_bias)  # one product instead of three
+        self.out = nn.Linear(H * D, C, bias=cfg.bias)
         self.q_norm = RMSNorm(D, cfg.norm_eps) if cfg.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(D, cfg.norm_eps) if cfg.qk_norm else nn.Identity()
 

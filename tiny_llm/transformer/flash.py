@@ -111,7 +111,7 @@ def tiled_attention(
     if mask is None and S < T:
         raise UserError(f"{T} queries but {S} keys: without a mask, each query needs a key of its own.")
     if mask is not None: mask = mask.expand(B, H, T, S).unflatten(1, (K, H // K))
-    q = (q * D**-0.5).unflatten(1, (K, H // K))
+    q = (q * D ** -0.5).unflatten(1, (K, H // K))
     return _Tiled.apply(q, k, v, mask, window, tile).flatten(1, 2)
 
 # %% ../../nbs/1_transformer/03_flash.ipynb #199cd7e0
@@ -122,7 +122,7 @@ def attention_weights(
 ):              # (B, H, T, S), rows add up to 1
     "The weights themselves, for pictures and counts: equation (1.02.5) without the values."
     H, T, D, (K, S) = *q.shape[1:], k.shape[1:3]
-    scores = ((q * D**-0.5).unflatten(1, (K, H // K)) @ k[:, :, None].mT).flatten(1, 2)
+    scores = ((q * D ** -0.5).unflatten(1, (K, H // K)) @ k[:, :, None].mT).flatten(1, 2)
     mask = causal_mask(T, S, q.device) if mask is None else mask
     return scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(-1)
 

@@ -29,13 +29,13 @@ def _llama2c(
         raise UserError(f"{file} does not start like a float32 file of llama2.c (version 0), the only kind that "
                         "is read here; a .bin file of PyTorch is a pickle, and is not read")
     D = C // H
-    shapes = {"input_layernorm": (C,), "self_attn.q_proj": (H*D, C), "self_attn.k_proj": (K*D, C),
-              "self_attn.v_proj": (K*D, C), "self_attn.o_proj": (C, H*D), "post_attention_layernorm": (C,),
+    shapes = {"input_layernorm": (C,), "self_attn.q_proj": (H * D, C), "self_attn.k_proj": (K * D, C),
+              "self_attn.v_proj": (K * D, C), "self_attn.o_proj": (C, H * D), "post_attention_layernorm": (C,),
               "mlp.gate_proj": (F, C), "mlp.down_proj": (C, F), "mlp.up_proj": (F, C)}
     parts = {"model.embed_tokens": (abs(V), C), **{n: (L, *s) for n, s in shapes.items()}, "model.norm": (C,),
              "turns": (T, D), **({} if tied else {"lm_head": (-V, C)})}
     sizes = [math.prod(s) for s in parts.values()]
-    if (want := 28 + 4*sum(sizes)) != (size := file.stat().st_size):
+    if (want := 28 + 4 * sum(sizes)) != (size := file.stat().st_size):
         raise UserError(f"{file} has {size:,} bytes, and its header asks for {want:,}; copy it again")
     config = dict(model_type="llama", vocab_size=abs(V), max_position_embeddings=T, hidden_size=C,
                   num_hidden_layers=L, intermediate_size=F, num_attention_heads=H, num_key_value_heads=K,
@@ -92,7 +92,7 @@ def _pieces(
         while at < len(data):
             score, n = struct.unpack_from("<fi", data, at)
             if n < 0 or at + 8 + n > len(data): raise ValueError(f"piece {len(pieces)} is cut off")
-            pieces.append(data[at+8:at+8+n].decode().strip("\n") or "\n")
+            pieces.append(data[at + 8:at + 8 + n].decode().strip("\n") or "\n")
             scores.append(score)
             at += 8 + n
         if len(pieces) < 259: raise ValueError(f"{len(pieces)} pieces are too few to hold all bytes")

@@ -95,7 +95,7 @@ def _cut(
 ):        # a view of p
     "The part of our parameter that has a name of its own elsewhere."
     if how in ("q", "k", "v"):
-        return p.split([h*c.head_dim for h in (c.n_heads, c.n_kv_heads, c.n_kv_heads)])["qkv".index(how)]
+        return p.split([h * c.head_dim for h in (c.n_heads, c.n_kv_heads, c.n_kv_heads)])["qkv".index(how)]
     if how in ("gate", "up"): return p.chunk(2)[how == "up"]
     if how == "T": return p.t()
     if how == "heads": return p.unflatten(0, (3, c.n_heads, c.head_dim)).transpose(0, 1)  # (1.08.3)

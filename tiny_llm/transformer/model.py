@@ -80,8 +80,8 @@ def derive(self: ModelConfig):
         raise UserError(f"d_model {self.d_model} is not a multiple of n_heads {self.n_heads}")
     if self.head_dim is None: self.head_dim = self.d_model // self.n_heads
     if self.d_ff is None:
-        self.d_ff = -(-8*self.d_model // 96) * 32 if self.ffn == "swiglu" else 4*self.d_model
-    if self.init_std is None: self.init_std = self.d_model**-0.5
+        self.d_ff = -(-8 * self.d_model // 96) * 32 if self.ffn == "swiglu" else 4 * self.d_model
+    if self.init_std is None: self.init_std = self.d_model ** -0.5
     if self.qkv_bias is None: self.qkv_bias = self.bias
 
 # %% ../../nbs/1_transformer/06_model.ipynb #c65bbaba
@@ -227,8 +227,8 @@ class Transformer(nn.Module):
             if name.endswith("bias"): nn.init.zeros_(p)
             if p.dim() < 2: continue  # gains start at 1
             table = name in ("embed.weight", "pos_embed.weight", "head.weight")
-            std = self.cfg.init_std if table else p.shape[1]**-0.5
-            if name.endswith(("attn.out.weight", "ffn.down.weight")): std *= (2*self.cfg.n_layers)**-0.5
+            std = self.cfg.init_std if table else p.shape[1] ** -0.5
+            if name.endswith(("attn.out.weight", "ffn.down.weight")): std *= (2 * self.cfg.n_layers) ** -0.5
             nn.init.normal_(p, std=std)
 
     @property
@@ -338,14 +338,14 @@ def count_params(
 ):       # dict: part -> number of parameters
     "Parameters by part, from the configuration alone."
     C, F, H, K, D, L = cfg.d_model, cfg.d_ff, cfg.n_heads, cfg.n_kv_heads, cfg.head_dim, cfg.n_layers
-    wide = 2*F if cfg.ffn == "swiglu" else F  # rows of the matrices that read the stream
-    norms = 2*L + (cfg.norm_place == "pre")
-    return {"embedding": cfg.vocab_size*C,
-            "positions": cfg.ctx*C if cfg.positions == "learned" else 0,
-            "attention": L*(2*(H + K)*D*C + cfg.qkv_bias*(H + 2*K)*D + cfg.bias*C),
-            "feed-forward": L*((wide + F)*C + cfg.bias*(wide + C)),
-            "norms": norms*(1 + cfg.norm_bias)*C + cfg.qk_norm*2*L*D,
-            "head": 0 if cfg.tied else cfg.vocab_size*C}
+    wide = 2 * F if cfg.ffn == "swiglu" else F  # rows of the matrices that read the stream
+    norms = 2 * L + (cfg.norm_place == "pre")
+    return {"embedding": cfg.vocab_size * C,
+            "positions": cfg.ctx * C if cfg.positions == "learned" else 0,
+            "attention": L * (2 * (H + K) * D * C + cfg.qkv_bias * (H + 2 * K) * D + cfg.bias * C),
+            "feed-forward": L * ((wide + F) * C + cfg.bias * (wide + C)),
+            "norms": norms * (1 + cfg.norm_bias) * C + cfg.qk_norm * 2 * L * D,
+            "head": 0 if cfg.tied else cfg.vocab_size * C}
 
 # %% ../../nbs/1_transformer/06_model.ipynb #d2a152d7
 def on_meta(
@@ -362,9 +362,9 @@ def flops_per_token(
 ):                 # int, floating point operations per token (a multiply and an add are two)
     "The products with the weights and the two products of attention over all T keys."
     C, H, K, D, L = cfg.d_model, cfg.n_heads, cfg.n_kv_heads, cfg.head_dim, cfg.n_layers
-    block = 2*(H + K)*D*C + (3 if cfg.ffn == "swiglu" else 2)*C*cfg.d_ff
-    forward = 2*(L*block + cfg.vocab_size*C) + 4*L*H*D*T
-    return 3*forward if backward else forward
+    block = 2 * (H + K) * D * C + (3 if cfg.ffn == "swiglu" else 2) * C * cfg.d_ff
+    forward = 2 * (L * block + cfg.vocab_size * C) + 4 * L * H * D * T
+    return 3 * forward if backward else forward
 
 # %% ../../nbs/1_transformer/06_model.ipynb #a581adcc
 def counted_flops(
@@ -377,7 +377,7 @@ def counted_flops(
     from torch.utils.flop_counter import FlopCounterMode
     if not whole and cfg.n_layers > 2:
         one, two = (counted_flops(replace(cfg, n_layers=n), T) for n in (1, 2))
-        return tuple(a + (cfg.n_layers - 1)*(b - a) for a, b in zip(one, two))
+        return tuple(a + (cfg.n_layers - 1) * (b - a) for a, b in zip(one, two))
     model, ids = on_meta(cfg), torch.empty(1, T, dtype=torch.long, device="meta")
     with sdpa_kernel(SDPBackend.MATH):
         with FlopCounterMode(display=False) as forward: logits = model(ids)
@@ -390,14 +390,14 @@ def kept_per_token(
 ):       # int, float32 numbers per token
     "What forward keeps for backward, equation (1.06.6), with fused attention; norms' statistics are left out."
     C, F, L = cfg.d_model, cfg.d_ff, cfg.n_layers
-    q, kv = cfg.n_heads*cfg.head_dim, cfg.n_kv_heads*cfg.head_dim
+    q, kv = cfg.n_heads * cfg.head_dim, cfg.n_kv_heads * cfg.head_dim
     norm = C * (1 + (cfg.norm == "rms"))                         # normed, and normed before the gain
-    attn = 2*q + 2*kv + (cfg.rotary_dim > 0 or cfg.qk_norm)*(q + kv) + cfg.qk_norm*(q + kv)
-    if cfg.n_kv_heads < cfg.n_heads: attn += 2*q                 # keys and values, repeated for the kernel
+    attn = 2 * q + 2 * kv + (cfg.rotary_dim > 0 or cfg.qk_norm) * (q + kv) + cfg.qk_norm * (q + kv)
+    if cfg.n_kv_heads < cfg.n_heads: attn += 2 * q               # keys and values, repeated for the kernel
     if 0 < cfg.rotary_dim < cfg.head_dim: attn += q              # the result in another order
     ffn = F * {"swiglu": 4, "relu": 1}.get(cfg.ffn, 2)
-    block = (1 if cfg.parallel else 2)*C + 2*norm + attn + ffn + (2*C if cfg.dropout else 0)
-    return L*block + C + norm*(cfg.norm_place == "pre") + cfg.vocab_size + (C if cfg.dropout else 0)
+    block = (1 if cfg.parallel else 2) * C + 2 * norm + attn + ffn + (2 * C if cfg.dropout else 0)
+    return L * block + C + norm * (cfg.norm_place == "pre") + cfg.vocab_size + (C if cfg.dropout else 0)
 
 def training_memory(
     cfg,      # ModelConfig
@@ -406,8 +406,8 @@ def training_memory(
 ):            # dict: what -> bytes
     "Equation (1.06.5): float32 and AdamW, without the system's own needs."
     n = sum(count_params(cfg).values())
-    kept = 4*batch*(T or cfg.ctx)*kept_per_token(cfg)
-    return {"weights": 4*n, "gradients": 4*n, "AdamW": 8*n, "activations": kept}
+    kept = 4 * batch * (T or cfg.ctx) * kept_per_token(cfg)
+    return {"weights": 4 * n, "gradients": 4 * n, "AdamW": 8 * n, "activations": kept}
 
 # %% ../../nbs/1_transformer/06_model.ipynb #2615bbce
 def inference_memory(
@@ -417,5 +417,5 @@ def inference_memory(
     size=4    # bytes of a number: 4 for float32, 2 for bfloat16
 ):            # dict: what -> bytes
     "Weights, and the cache of keys and values."
-    cache = 2*cfg.n_layers*cfg.n_kv_heads*cfg.head_dim*batch*(T or cfg.ctx)
-    return {"weights": size*sum(count_params(cfg).values()), "cache": size*cache}
+    cache = 2 * cfg.n_layers * cfg.n_kv_heads * cfg.head_dim * batch * (T or cfg.ctx)
+    return {"weights": size * sum(count_params(cfg).values()), "cache": size * cache}
