@@ -3,6 +3,7 @@
     python nbs/_tools/run_notebook.py nbs/1_transformer/06_model.ipynb          # everything but cells marked slow, gpu or notest
     python nbs/_tools/run_notebook.py nbs/1_transformer/06_model.ipynb --slow   # slow and notest cells too; --gpu for gpu cells
     python nbs/_tools/run_notebook.py --check                     # which notebooks hold stale outputs?
+    python nbs/_tools/run_notebook.py --learner nbs/1_transformer/06_model.ipynb   # Run All as in JupyterLab; nothing is stored
 
 A cell that is not run (`#| eval: false`, a flag, or `%%script false`) keeps the outputs it has.
 The hash of the code that made the outputs is written into the notebook's metadata, which is how a test sees stale ones.
@@ -132,8 +133,8 @@ def clean_outputs(cell):
     cell.outputs = kept
 
 
-def execute(path, flags=frozenset(), timeout=900):
-    "The notebook at `path` after running all cells but those marked by `flags`; raises CellExecutionError."
+def execute(path, flags=frozenset(), timeout=900, **extra):
+    "The notebook at `path` after running all cells but those marked by `flags`; raises CellExecutionError. `extra`: of the kernel's environment."
     import nbformat
     from nbclient import NotebookClient
 
@@ -148,8 +149,9 @@ def execute(path, flags=frozenset(), timeout=900):
     env = dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
                PYTHONHASHSEED="0", OMP_WAIT_POLICY=os.environ.get("OMP_WAIT_POLICY", "PASSIVE"), PYDEVD_DISABLE_FILE_VALIDATION="1")
     env.pop("MPLBACKEND", None)  # or figures would not be shown in the notebook
+    env["SLOW"] = "1"            # slow cells that are to run do run, instead of showing what is stored
     Client(nb, timeout=timeout, kernel_name="python3", record_timing=False, store_widget_state=False, coalesce_streams=False,
-           extra_arguments=["--log-level=ERROR"], resources={"metadata": {"path": str(path.parent)}}).execute(env=env)
+           extra_arguments=["--log-level=ERROR"], resources={"metadata": {"path": str(path.parent)}}).execute(env=env | extra)
     for cell in nb.cells:
         if cell.cell_type == "code": clean_outputs(cell)
     nb.metadata.pop("widgets", None)
@@ -190,12 +192,26 @@ def run(path, slow=False, gpu=False, timeout=900):
     if (why := stale(nb)): print(f"  {why}", file=sys.stderr)
 
 
+def learner(path, timeout=900):
+    "Run All, as somebody does it in JupyterLab; complain unless every slow cell shows what is stored for it."
+    start, before = time.perf_counter(), json.loads(path.read_text(encoding="utf-8"))
+    nb, spent = execute(path, {"gpu"}, timeout, SLOW="0", JPY_SESSION_NAME=str(path))
+    for old, new in zip(before["cells"], nb.cells):
+        if "slow" not in directives(new.get("source", "")) or new.cell_type != "code": continue
+        kept = [o.get("text") or o.get("data") for o in new.outputs if "SLOW=1" not in json.dumps(o)]
+        stored = [text(o["text"]) if "text" in o else {k: text(v) for k, v in o["data"].items()} for o in old["outputs"]]
+        assert kept == stored, f"a slow cell does not show its stored result: {text(new.source)[:200]}"
+    seconds, cell = max(spent, default=(0, 0))
+    print(f"{path.name}: {time.perf_counter() - start:.1f} s, slowest cell {cell} {seconds:.1f} s")
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("notebooks", nargs="*", type=Path, help="default: all of nbs/")
     p.add_argument("--slow", action="store_true", help="run the cells marked slow or notest too")
     p.add_argument("--gpu", action="store_true", help="run the cells marked gpu too")
     p.add_argument("--check", action="store_true", help="only list notebooks whose outputs are stale; exit code 1 if there are any")
+    p.add_argument("--learner", action="store_true", help="Run All as in JupyterLab: slow cells show their stored result; nothing is stored")
     p.add_argument("--timeout", type=int, default=900, help="seconds for one cell")
     a = p.parse_args()
     paths = [f.resolve() for f in a.notebooks] or sorted(p for p in (ROOT/"nbs").rglob("*.ipynb") if not any(n[0] in "._" for n in p.relative_to(ROOT).parts))
@@ -206,9 +222,9 @@ def main():
             if why: print(f"{path.name}: {why}")
             failed += bool(why)
             continue
-        try: run(path, a.slow, a.gpu, a.timeout)
+        try: learner(path, a.timeout) if a.learner else run(path, a.slow, a.gpu, a.timeout)
         except Exception as e:
-            print(f"{path.name}: not stored\n{e}", file=sys.stderr)
+            print(f"{path.name}: {'failed' if a.learner else 'not stored'}\n{e}", file=sys.stderr)
             failed += 1
     sys.exit(bool(failed))
 
