@@ -31,13 +31,16 @@ def page(path): return path.relative_to(NBS).as_posix()
 def numbered(): return [p for p in notebooks() if floor(p)]
 
 
+def exporting(): return [p for p in numbered() if p.stem != "00_first_model"]    # it uses the finished package and exports nothing
+
+
 def module(path):
     "nbs/3_training/02_folder.ipynb -> training.folder: the module that a notebook exports, by its place."
     part, name = path.parent.name.partition("_")[2], path.stem.split("_", 1)[1]
     return f"{part}.{name}" if path.parent != NBS else name
 
 
-def module_floors(): return {module(p): floor(p) for p in numbered()}
+def module_floors(): return {module(p): floor(p) for p in exporting()}
 
 
 def read(path): return json.loads(Path(path).read_text(encoding="utf-8"))

@@ -123,7 +123,7 @@ def test_finetune_then_chat_through_a_pipe(room):
 
 
 def test_quickstart_ends_by_itself(tmp_path):
-    code = "import sys; from tiny_llm.deployment.cli import main; from tiny_llm.deployment.quickstart import RECIPE; RECIPE.update(judged=20, held_out=100); sys.exit(main())"
+    code = "import sys; from tiny_llm.deployment.cli import main; sys.exit(main())"
     line = "quickstart --minutes 0.1 --preset tiny --out q --device cpu".split()
     p = subprocess.run([sys.executable, "-c", code, *line], cwd=tmp_path, env=environment(), stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300)
     said = p.stdout
@@ -131,11 +131,59 @@ def test_quickstart_ends_by_itself(tmp_path):
     for row in ("parameters", "tokens seen", "training", "validation loss", "floor", "gap", "bits per byte", "stories that parse", "faults of the rest",
                 "requests fulfilled", "generation", "wall time", "the model is in", "tiny_llm chat --model q"): assert row in said, row
     numbers = json.loads((tmp_path/"q"/"summary.json").read_text())
-    assert numbers["stories"]["n"] == numbers["chat"]["n"] == 20
+    assert numbers["stories"]["n"] == numbers["chat"]["n"] == 200
     assert {"config.json", "model.safetensors", "tokenizer.json", "README.md"} <= {p.name for p in (tmp_path/"q"/"model").iterdir()}
     assert "model>" in fine("chat", "--model", "q", "--max_tokens", 5, cwd=tmp_path, stdin="Hi\n")
     wrong("quickstart", "--out", "q", cwd=tmp_path, real=False, says="already holds a quickstart; go on with it (--resume), or choose another folder (--out)")
     wrong("quickstart", "--out", "q", "--resume", cwd=tmp_path, says="is finished", real=False)
+
+
+# Settings ------------------------------------------------------------------------------------------------------------
+
+def sums(folder): return {p.name: p.read_bytes() for p in folder.iterdir() if p.suffix == ".safetensors"}
+
+
+def test_a_run_is_repeated_from_its_config(room):
+    "Bit for bit, with the text, the vocabulary, the shape, the seed and the schedule from the file."
+    fine("train", "--data", "ducks.txt", "--steps", 12, *SMALL, "--seed", 5, "--lr", "0.01", "--decay", "cosine", "--out", "a", cwd=room)
+    fine("train", "--config", "a/config.json", "--device", "cpu", "--out", "b", cwd=room)
+    assert sums(room/"a"/"best") == sums(room/"b"/"best")
+    (room/"mine.yaml").write_text("data: ducks.txt\nsteps: 12\nlr: 1e-2\ndecay: cosine\nseed: 5\npreset: tiny\nctx: 64\nbatch: 4\nvocab_size: 300\ncompile: false\ndtype: float32\n")
+    fine("train", "--config", "mine.yaml", "--device", "cpu", "--out", "c", cwd=room)
+    assert sums(room/"a"/"best") == sums(room/"c"/"best")
+    fine("train", "--config", "mine.yaml", "--seed", 6, "--device", "cpu", "--out", "d", cwd=room)
+    assert sums(room/"a"/"best") != sums(room/"d"/"best"), "options on the line win over the file"
+
+
+def test_a_finetuning_is_repeated_from_its_config(room):
+    fine("finetune", "--model", "run", "--data", "chats.jsonl", "--steps", 4, "--batch", 4, "--no-compile", "--dtype", "float32", "--device", "cpu", "--out", "a", cwd=room)
+    fine("finetune", "--model", "run", "--config", "a/config.json", "--device", "cpu", "--out", "b", cwd=room)
+    assert sums(room/"a"/"best") == sums(room/"b"/"best")
+
+
+@pytest.mark.parametrize("text, says", [("warm_up: 0.1", "has no setting 'warm_up'. Did you mean 'warmup'?"), ("steps: many", "steps is 'many'; give a whole number above 0"),
+                                        ("compile: 3", "compile is 3; give true or false"), ("optimizer: adam", "Did you mean 'adamw'?"), ("- steps\n- 5", "holds no settings"),
+                                        ("steps 5", "holds no settings"), ("lr: [1", "cannot be read as YAML"), ("", "holds no settings"), ("steps: 5\nminutes: 1", "not both"),
+                                        ("model: 5", "give the fields of a model's shape"), ("data: 5", "data is 5; give a text")])
+def test_a_wrong_settings_file_is_one_line(room, text, says):
+    (room/"bad.yaml").write_text(text)
+    said = wrong("train", "--config", "bad.yaml", "--out", "new", cwd=room, says=says, real=text.startswith("warm_up"))
+    assert "bad.yaml" in said
+
+
+def test_no_settings_file(room):
+    wrong("train", "--config", "none.yaml", "--out", "new", cwd=room, says="none.yaml cannot be read", real=False)
+    wrong("train", "--config", "ducks.txt", "--out", "new", cwd=room, says="ducks.txt cannot be read as JSON", real=False)
+
+
+def test_help_lists_every_option_once():
+    from fastcore.docments import docments
+    from tiny_llm.training.config import TrainConfig
+    _, out, _ = same_process(["train", "--help"], Path.cwd())
+    listed = [w for line in out.splitlines() if (w := line.split()[:1]) and w[0].startswith("--")]
+    names = [w[0] for w in listed]
+    assert len(names) == len(set(names))
+    assert {f"--{n}" for n in docments(TrainConfig, returns=False)} - {"--model", "--betas"} <= set(names)
 
 
 # Mistakes ------------------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@ import ast, json, re, sys
 
 import pytest
 
-from house import (NBS, ROOT, code_cells, copy_tree, difference, files, floor, module, module_floors, notebooks, numbered, page, python, read, run,
+from house import (NBS, ROOT, code_cells, copy_tree, difference, exporting, files, floor, module, module_floors, notebooks, numbered, page, python, read, run,
                    source)
 from run_notebook import directives, settings, stale
 
@@ -16,7 +16,8 @@ def dotted(path):
 
 
 every = pytest.mark.parametrize("path", notebooks(), ids=page)
-each = pytest.mark.parametrize("path", numbered(), ids=page)
+each = pytest.mark.parametrize("path", exporting(), ids=page)
+walked = pytest.mark.parametrize("path", numbered(), ids=page)
 modules = sorted(p for p in PACKAGE.rglob("*.py") if p.stem[0] != "_")
 each_module = pytest.mark.parametrize("path", modules, ids=dotted)
 homes = ast.literal_eval(python("import tiny_llm; print(tiny_llm._home)").strip().splitlines()[-1])
@@ -47,7 +48,7 @@ def test_readme_shows_only_what_exists():
 
 
 def test_every_module_comes_from_a_notebook():
-    exported = {m[1] for p in numbered() for c in code_cells(read(p)) if (m := re.search(r"^#\|\s*default_exp\s+([\w.]+)", source(c), re.M))}
+    exported = {m[1] for p in exporting() for c in code_cells(read(p)) if (m := re.search(r"^#\|\s*default_exp\s+([\w.]+)", source(c), re.M))}
     assert exported == {dotted(p) for p in modules}
     assert exported == set(module_floors()), "notebook P_part/NN_name exports module part.name"
 
@@ -178,7 +179,7 @@ def test_notebook_has_its_sections(path):
     assert any("image/png" in o.get("data", {}) for c in code_cells(nb) for o in c["outputs"]), "has a picture"
 
 
-@each
+@walked
 def test_it_leads_to_the_next_notebook(path):
     "The last link of each notebook is the one that follows, so that whoever goes from link to link leaves none out."
     order = [*numbered(), NBS/"index.ipynb"]
@@ -186,7 +187,7 @@ def test_it_leads_to_the_next_notebook(path):
     assert links[-1:] == [order[order.index(path) + 1]]
 
 
-@each
+@walked
 def test_cells_are_short(path):
     "Lines that are blank or hold a directive do not count."
     lines = [sum(bool(l.strip()) and not l.startswith("#|") for l in source(c).splitlines()) for c in code_cells(read(path))]

@@ -134,4 +134,4 @@ def test_a_run_in_minutes_ends_on_time_and_resumes(tmp_path):
     run = go(tmp_path/"run", batch=2, resume=True)
     lr = [r["lr"] for r in run.metrics if "lr" in r]
     assert run.summary["stopped"] == "finished" and lr[-1] < 0.1 * max(lr)
-    assert json.loads((tmp_path/"run"/"config.json").read_text())["settings"]["minutes"] == 0.05
+    assert json.loads((tmp_path/"run"/"config.json").read_text())["minutes"] == 0.05

@@ -17,7 +17,7 @@ from .generate import generate_batch, wilson
 from ..text.dialogues import SMALL_TALK, conversations as story_talk, fulfilled, wanted
 from ..training.train import train
 
-# %% ../../nbs/4_assistant/02_finetune.ipynb #9173d0e9
+# %% ../../nbs/4_assistant/02_finetune.ipynb #17eea8f7
 def chat_tokens(
     chats: list,    # conversations, lists of {"role", "content"}
     tok,            # Tokenizer
@@ -39,9 +39,10 @@ def finetune(
     model,                    # Transformer; trained in place
     tok,                      # Tokenizer
     conversations="stories",  # conversations, or "stories": CONVERSATIONS of the embedded world's
+    config=None,              # TrainConfig; None: its defaults
     *, val=None,              # conversations to evaluate on; None: one in twenty is held out; False: none
     replay=(),                # documents of the earlier training to mix in, against forgetting
-    ctx: int = None,          # predictions per row; None: the model's
+    ctx: int = None,          # predictions per row; None: that of the config, or the model's
     **kwargs,                 # as for `train`: minutes, steps, out, batch, lr, seed, resume, ...
 ):                            # Run
     "Teach a model to answer: train on conversations, with loss on the assistant's words only."
@@ -54,9 +55,9 @@ def finetune(
     if val is None:
         n = max(1, len(chats) // 20)
         val, chats = chats[:n], chats[n:]
-    ctx = ctx or model.cfg.ctx
+    ctx = ctx or (config and config.ctx) or model.cfg.ctx
     held = chat_tokens(list(val), tok, ctx) if val else False
-    return train(model, tok, chat_tokens(chats, tok, ctx, replay), val=held, ctx=ctx, **kwargs)
+    return train(model, tok, chat_tokens(chats, tok, ctx, replay), config, val=held, ctx=ctx, **kwargs)
 
 # %% ../../nbs/4_assistant/02_finetune.ipynb #ac004c2e
 def asked_for(
