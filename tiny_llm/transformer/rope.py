@@ -12,8 +12,13 @@ import torch
 
 from ..basics import UserError, did_you_mean
 
-# %% ../../nbs/1_transformer/04_rope.ipynb #6ed6b5eb
-_scalings = {"default": lambda power, base, length, ctx: (1.0 / power, 1.0)}  # the others come below
+# %% ../../nbs/1_transformer/04_rope.ipynb #9e4726ac
+def _default(power, base, length, ctx):
+    "(speeds, attention factor) without any scaling: equation (1.04.8); `power` is base ** (2j/D)."
+    return 1.0 / power, 1.0
+
+# rope_type: its function, whose parameters after the fourth are the fields of the dict
+_scalings = {"default": _default}
 
 def rope_frequencies(
     head_dim: int,         # D, even; or how many of the head's entries turn
@@ -22,7 +27,7 @@ def rope_frequencies(
     ctx: int = None,       # trained length in tokens, where the scaling needs it
     length=0,              # tokens in the text at hand, an int or a tensor (only "dynamic" looks at it)
     device=None,           # where the frequencies are made
-):                         # (theta (D/2,) float32 in radians per position, attention factor)
+):                         # (omega (D/2,) float32 in radians per position, attention factor)
     "How fast each pair turns, and by what cosines and sines are multiplied."
     if head_dim < 2 or head_dim % 2:
         raise UserError(f"head_dim is {head_dim}: rotations need pairs, so it must be even and positive.")
@@ -30,7 +35,7 @@ def rope_frequencies(
     kind, fields = _checked(scaling, ctx, head_dim) if scaling else ("default", {})
     return _scalings[kind](power, base, length, ctx, **fields)
 
-# %% ../../nbs/1_transformer/04_rope.ipynb #9e4726ac
+# %% ../../nbs/1_transformer/04_rope.ipynb #e2cfadde
 def rope_table(
     positions,             # number of positions, or a tensor (...) of positions
     head_dim: int,         # D, even; or how many of the head's entries turn
@@ -41,23 +46,24 @@ def rope_table(
     "Cosine and sine of each position's angles, times the attention factor of the scaling."
     if not isinstance(positions, torch.Tensor): positions = torch.arange(positions)
     length = positions.max() + 1 if scaling and positions.numel() else 0
-    theta, factor = rope_frequencies(head_dim, base, scaling, ctx, length, positions.device)
-    angles = positions[..., None].float() * theta
+    omega, factor = rope_frequencies(head_dim, base, scaling, ctx, length, positions.device)
+    angles = positions[..., None].float() * omega  # float32 whatever the model uses: bfloat16 has no 257
     angles = torch.cat((angles, angles), -1)
     if factor != 1: return angles.cos() * factor, angles.sin() * factor
     return angles.cos(), angles.sin()
 
-# %% ../../nbs/1_transformer/04_rope.ipynb #ddf7bbaf
+# %% ../../nbs/1_transformer/04_rope.ipynb #7a9fd077
 def apply_rope(
     x,    # (B, H, T, D) queries or keys
-    cos,  # (T, R) or (B, 1, T, R) from `rope_table`; R is D, or less: then only the first R entries turn
+    cos,  # (T, Dr) or (B, 1, T, Dr) from `rope_table`; if Dr is less than D, only the first Dr entries turn
     sin,  # like cos
 ):        # like x
-    "Turn each pair (j, j + R/2) of the first R entries by its angle: equation (1.04.10)."
-    R = cos.shape[-1]
-    if R < x.shape[-1]: return torch.cat((apply_rope(x[..., :R], cos, sin), x[..., R:]), -1)
-    a, b = x.chunk(2, -1)
-    return (x * cos + torch.cat((-b, a), -1) * sin).to(x.dtype)
+    "Turn each pair (j, j + Dr/2) of the first Dr entries by its angle: equation (1.04.10)."
+    Dr = cos.shape[-1]
+    if Dr < x.shape[-1]: return torch.cat((apply_rope(x[..., :Dr], cos, sin), x[..., Dr:]), -1)
+    x1, x2 = x.chunk(2, -1)
+    # a float32 table lifts the sum to float32, so that a bfloat16 x is rounded once, at the end
+    return (x * cos + torch.cat((-x2, x1), -1) * sin).to(x.dtype)
 
 # %% ../../nbs/1_transformer/04_rope.ipynb #974668d7
 def interleaved_to_half(
@@ -84,11 +90,27 @@ def _linear(power, base, length, ctx, factor):
 _scalings["linear"] = _linear
 
 # %% ../../nbs/1_transformer/04_rope.ipynb #e39bb6b2
+def _check_together(kind, fields, ctx, head_dim):
+    "Limits of the fields, and of each beside the others."
+    if fields.get("factor", 1) < 1:
+        raise UserError(f"rope_scaling: factor is {fields['factor']}; it must be 1 or more: "
+                        "how many times longer texts become.")
+    if kind in ("dynamic", "yarn", "llama3") and not fields.get("original_max_position_embeddings", ctx):
+        other = "" if kind == "dynamic" else " or original_max_position_embeddings"
+        raise UserError(f"rope_scaling: {kind} needs the trained length: give ctx{other}.")
+    if kind == "dynamic" and head_dim == 2:  # its exponent is D / (D - 2)
+        raise UserError("rope_scaling: dynamic spares the first pair, so head_dim must be 4 or more.")
+    for low, high in (("beta_slow", "beta_fast"), ("low_freq_factor", "high_freq_factor")):
+        a, b = fields.get(low, 1), fields.get(high, 32)
+        if b < a or (b == a and kind == "llama3"):  # llama3 divides by their difference
+            raise UserError(f"rope_scaling: {high} is {b} and {low} is {a}; {high} must be the larger.")
+
+# %% ../../nbs/1_transformer/04_rope.ipynb #b197918e
 def _checked(scaling, ctx, head_dim):
     "The kind of a scaling and its other fields, or a UserError that names the field at fault."
     if not isinstance(scaling, dict):
         raise UserError(f"rope_scaling is {scaling!r}; it must be a dict: {{'rope_type': 'linear', 'factor': 4}}.")
-    kind = scaling.get("rope_type", scaling.get("type"))
+    kind = scaling.get("rope_type", scaling.get("type"))  # older config.json files say "type"
     if kind not in _scalings:
         raise UserError(f"rope_scaling: rope_type is {kind!r}, it must be one of {', '.join(_scalings)}."
                         + did_you_mean(str(kind), _scalings))
@@ -97,6 +119,7 @@ def _checked(scaling, ctx, head_dim):
     for name, v in fields.items():
         if name not in known:
             raise UserError(f"rope_scaling: {kind} has no field {name!r}.{did_you_mean(name, known)}")
+        # type(v) and not isinstance: True is an int, and no factor
         good = isinstance(v, bool) if name == "truncate" else type(v) in (int, float) and 0 < v < math.inf
         wanted = "true or false" if name == "truncate" else "a number above 0"
         if not good: raise UserError(f"rope_scaling: {name} is {v!r}; it must be {wanted}.")
@@ -106,59 +129,43 @@ def _checked(scaling, ctx, head_dim):
     _check_together(kind, fields, ctx, head_dim)
     return kind, fields
 
-# %% ../../nbs/1_transformer/04_rope.ipynb #b197918e
-def _check_together(kind, fields, ctx, head_dim):
-    "Limits of the fields, and of each beside the others."
-    if fields.get("factor", 1) < 1:
-        raise UserError(f"rope_scaling: factor is {fields['factor']}; it must be 1 or more: "
-                        "how many times longer texts become.")
-    if kind in ("dynamic", "yarn", "llama3") and not fields.get("original_max_position_embeddings", ctx):
-        other = "" if kind == "dynamic" else " or original_max_position_embeddings"
-        raise UserError(f"rope_scaling: {kind} needs the trained length: give ctx{other}.")
-    if kind == "dynamic" and head_dim == 2:
-        raise UserError("rope_scaling: dynamic spares the first pair, so head_dim must be 4 or more.")
-    for low, high in (("beta_slow", "beta_fast"), ("low_freq_factor", "high_freq_factor")):
-        a, b = fields.get(low, 1), fields.get(high, 32)
-        if b < a or (b == a and kind == "llama3"):
-            raise UserError(f"rope_scaling: {high} is {b} and {low} is {a}; {high} must be the larger.")
-
 # %% ../../nbs/1_transformer/04_rope.ipynb #492429ba
 def _dynamic(power, base, length, ctx, factor):
     "NTK-aware scaling whose base grows with the text: equations (1.04.17) and (1.04.18)."
     D = 2 * len(power)
     length = torch.as_tensor(length, device=power.device)
     grown = base * (factor * length / ctx - (factor - 1)) ** (D / (D - 2))
-    base = torch.where(length > ctx, grown, base)
+    base = torch.where(length > ctx, grown, base)  # no `if`: a length on the GPU would have to be waited for
     return 1.0 / base ** (torch.arange(0, D, 2, device=power.device).float() / D), 1.0
 
 _scalings["dynamic"] = _dynamic
 
-# %% ../../nbs/1_transformer/04_rope.ipynb #4a89ab02
+# %% ../../nbs/1_transformer/04_rope.ipynb #874a315b
 def _yarn(power, base, length, ctx, factor, original_max_position_embeddings=None, attention_factor=None,
           beta_fast=32, beta_slow=1, mscale=None, mscale_all_dim=None, truncate=True):
     "YaRN, equations (1.04.20), (1.04.21) and (1.04.24), in the order of operations of its authors' code."
     D, trained = 2 * len(power), original_max_position_embeddings or ctx
-    pair_with = lambda turns: D * math.log(trained / (turns * 2 * math.pi)) / (2 * math.log(base))
+    def pair_with(turns): return D * math.log(trained / (turns * 2 * math.pi)) / (2 * math.log(base))
     first, last = pair_with(beta_fast), pair_with(beta_slow)
     if truncate: first, last = math.floor(first), math.ceil(last)
-    first, last = max(first, 0), min(last, D - 1)
-    if first == last: last += 0.001
+    first, last = max(first, 0), min(last, D - 1)  # D - 1 as in the authors' code, though pairs end at D/2 - 1
+    if first == last: last += 0.001  # a ramp of width 0 would be 0/0
     pairs = torch.arange(len(power), dtype=torch.float32, device=power.device)
     keep = 1 - ((pairs - first) / (last - first)).clamp(0, 1)
-    grow = lambda weight: 0.1 * weight * math.log(factor) + 1.0
+    def grow(weight): return 0.1 * weight * math.log(factor) + 1.0
     if attention_factor is None:  # DeepSeek's models have two weights
         attention_factor = grow(mscale) / grow(mscale_all_dim) if mscale and mscale_all_dim else grow(1)
     return 1.0 / (factor * power) * (1 - keep) + 1.0 / power * keep, attention_factor
 
 _scalings["yarn"] = _yarn
 
-# %% ../../nbs/1_transformer/04_rope.ipynb #31e3415d
+# %% ../../nbs/1_transformer/04_rope.ipynb #4732674b
 def _llama3(power, base, length, ctx, factor, low_freq_factor, high_freq_factor,
             original_max_position_embeddings=None):
     "Equation (1.04.20) with a ramp in turns, from `low_freq_factor` to `high_freq_factor`."
-    theta, trained = 1.0 / power, original_max_position_embeddings or ctx
-    turns = trained / (2 * math.pi / theta)
+    omega, trained = 1.0 / power, original_max_position_embeddings or ctx
+    turns = trained / (2 * math.pi / omega)
     keep = ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0, 1)
-    return (1 - keep) * theta / factor + keep * theta, 1.0
+    return (1 - keep) * omega / factor + keep * omega, 1.0
 
 _scalings["llama3"] = _llama3
