@@ -27,6 +27,7 @@ class RMSNorm(nn.Module):
                 x  # (..., d), any floating type; computed in float32
                ):  # (..., d)
         "Zhang and Sennrich (2019), eq. 4; rounded to the type of x before the gain, as Hugging Face does."
+        # float32, because squares overflow in float16 and lose digits in bfloat16
         return self.weight * F.rms_norm(x.float(), self.weight.shape, eps=self.eps).to(x.dtype)
 
     def extra_repr(self): return f"{len(self.weight)}, eps={self.eps:g}"
@@ -53,6 +54,7 @@ def gelu_tanh(
     "GPT-2's approximation of gelu, equation (1.05.8)."
     return F.gelu(x, approximate="tanh")
 
+# what `ffn` in a config.json may be, apart from "swiglu"
 acts = {"gelu": F.gelu, "gelu_tanh": gelu_tanh, "relu": F.relu, "relu2": relu2, "silu": F.silu}
 
 # %% ../../nbs/1_transformer/05_blocks.ipynb #6a5de0b3
@@ -106,7 +108,7 @@ def make_ffn(
         raise UserError(f"no ffn {cfg.ffn!r}; there are {', '.join(known)}.{did_you_mean(cfg.ffn, known)}")
     return MLP(cfg.d_model, cfg.d_ff, cfg.ffn, cfg.bias)
 
-# %% ../../nbs/1_transformer/05_blocks.ipynb #61b4788e
+# %% ../../nbs/1_transformer/05_blocks.ipynb #ae6f7cab
 class Attention(nn.Module):
     "Causal grouped-query attention; rotary positions, normed queries and keys, and biases where asked for."
     def __init__(self,
@@ -123,7 +125,7 @@ class Attention(nn.Module):
 
     def forward(self,
                 x,           # (B, T, C)
-                cos, sin,    # (T, R) or (B, 1, T, R): rows of the rope table at the positions of x; or None
+                cos, sin,    # (T, Dr) or (B, 1, T, Dr): rows of the rope table at the positions of x; or None
                 mask=None,   # bool, True = may look; broadcast to (B, H, T, S); None: causal
                 cache=None,  # KVCache to append to and to read from
                 layer=None   # index of this layer in the cache
@@ -131,6 +133,7 @@ class Attention(nn.Module):
         "Project, norm, rotate, remember, attend, mix the heads."
         B, T, _ = x.shape
         q, k, v = self.qkv(x).view(B, T, sum(self.heads), self.head_dim).split(self.heads, dim=2)
+        # normed before they turn, so that a gain acts on the same entry at every position
         q, k, v = self.q_norm(q).transpose(1, 2), self.k_norm(k).transpose(1, 2), v.transpose(1, 2)
         if cos is not None: q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
         q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast the norms return float32
@@ -153,7 +156,7 @@ class Block(nn.Module):
 
     def forward(self,
                 x,           # (B, T, C)
-                cos, sin,    # (T, R) or (B, 1, T, R); None without rope
+                cos, sin,    # (T, Dr) or (B, 1, T, Dr); None without rope
                 mask=None,   # bool, True = may look; None: causal
                 cache=None,  # KVCache
                 layer=None   # index of this layer in the cache
