@@ -15,7 +15,7 @@ from .rope import apply_rope
 
 # %% ../../nbs/1_transformer/05_blocks.ipynb #5658c802
 class RMSNorm(nn.Module):
-    "Divides each vector by its root mean square and scales it by a learnt gain."
+    "Divides each vector by its root mean square and scales it by a learned gain."
     def __init__(self,
                  d,        # length of the vectors (C or D)
                  eps=1e-6  # added to the mean square before the root
