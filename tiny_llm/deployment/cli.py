@@ -163,13 +163,13 @@ def generate(
     **kwargs,                   # as for `settings`
 ):
     "Continue a text."
-    from tiny_llm.assistant.chat import clean
+    from tiny_llm.assistant.chat import printable
     from tiny_llm.assistant.generate import sampling, stream
     device = kwargs.pop("device", "auto")
     options = sampling(temperature=temperature, **kwargs)    # complains before the model is opened
     pieces = stream(*open_model(model, device), prompt, seed=kwargs.get("seed"), **options)
     try:
-        for text in chain([prompt], pieces): print(clean(text), end="", flush=True)
+        for text in chain([prompt], pieces): print(printable(text), end="", flush=True)
     finally: print(flush=True)
 
 # %% ../../nbs/5_deployment/05_cli.ipynb #95cd7c19

@@ -137,10 +137,10 @@ def line_reader():
         try: import readline                                  # gives `input` arrow keys and history
         except ImportError: return input
         return lambda prompt: input(re.sub("(\x1b\\[[0-9;]*m)", "\x01\\1\x02", prompt))    # codes that take no room
-    from tiny_llm.assistant.chat import clean
+    from tiny_llm.assistant.chat import printable
     def read(prompt):
         line = sys.stdin.readline() if sys.stdin is not None else ""
         if not line: raise EOFError
-        print(prompt + clean(line.rstrip("\n")), flush=True)
+        print(prompt + printable(line.rstrip("\n")), flush=True)
         return line
     return read
