@@ -276,10 +276,10 @@ def eval_(
     column: str = None,        # column of the text in rows
 ):
     "Measure a model: loss, bits per byte, gap to the floor, shares of good stories and replies."
-    from tiny_llm.assistant.generate import check_settings, grade_stories
+    from tiny_llm.assistant.generate import check_sampling, grade_stories
     from tiny_llm.text.sources import documents
     from tiny_llm.training.train import evaluate_loss
-    check_settings(temperature)
+    check_sampling(temperature)
     if n < 0: raise UserError(f"n is {n}; give 1 or more, or 0 to judge nothing")
     net, tok = open_model(model, device)
     docs = documents(data, split, limit, seed, column)
