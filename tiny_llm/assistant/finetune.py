@@ -17,7 +17,7 @@ from .generate import generate_batch, wilson
 from ..text.dialogues import SMALL_TALK, conversations as story_talk, fulfilled, wanted
 from ..training.train import train
 
-# %% ../../nbs/4_assistant/02_finetune.ipynb #17eea8f7
+# %% ../../nbs/4_assistant/02_finetune.ipynb #aa525a28
 def chat_tokens(
     chats: list,    # conversations, lists of {"role", "content"}
     tok,            # Tokenizer
@@ -27,11 +27,16 @@ def chat_tokens(
     "Conversations as weighted tokens, with documents between them."
     pairs = [tok.chat(c) for c in chats]
     fit = [p for p in pairs if len(p[0]) <= ctx]
-    if not fit: raise UserError(f"none of the {len(pairs)} conversations fits into {ctx} tokens; use shorter ones or a larger ctx")
-    if len(fit) < len(pairs): note(f"{len(pairs) - len(fit)} of {len(pairs)} conversations are longer than {ctx} tokens and left out")
-    if not any(w for _, ws in fit for w in ws): raise UserError("no conversation has a reply by the assistant to learn from")
+    if not fit:
+        raise UserError(f"none of the {len(pairs)} conversations fits into {ctx} tokens; "
+                        "use shorter ones or a larger ctx")
+    if len(fit) < len(pairs):
+        note(f"{len(pairs) - len(fit)} of {len(pairs)} conversations are longer than {ctx} tokens and left out")
+    if not any(w for _, ws in fit for w in ws):
+        raise UserError("no conversation has a reply by the assistant to learn from")
     return tokenize([*fit, *replay], tok)
 
+# %% ../../nbs/4_assistant/02_finetune.ipynb #4db3117c
 CONVERSATIONS = 8_000   # of the embedded world, where no other number is given
 
 @delegates(train, but=["docs", "model", "tok"])
@@ -59,7 +64,7 @@ def finetune(
     held = chat_tokens(list(val), tok, ctx) if val else False
     return train(model, tok, chat_tokens(chats, tok, ctx, replay), config, val=held, ctx=ctx, **kwargs)
 
-# %% ../../nbs/4_assistant/02_finetune.ipynb #ac004c2e
+# %% ../../nbs/4_assistant/02_finetune.ipynb #f50eefc3
 def asked_for(
     messages: list,  # the last one by the person
 ) -> str:            # "story", "small talk" or "question"
@@ -68,6 +73,7 @@ def asked_for(
     if any(text in said for said, _ in SMALL_TALK): return "small talk"
     return "story" if wanted(text) else "question"
 
+# %% ../../nbs/4_assistant/02_finetune.ipynb #c86ef16e
 def held_out_requests(
     tok,           # Tokenizer
     n: int,        # how many
@@ -83,7 +89,7 @@ def held_out_requests(
         if len(cuts) == n: break
     return cuts, left_out
 
-# %% ../../nbs/4_assistant/02_finetune.ipynb #f50eefc3
+# %% ../../nbs/4_assistant/02_finetune.ipynb #574a8073
 def grade_chat(
     model,                     # Transformer that was fine-tuned on the embedded conversations
     tok,                       # its Tokenizer
@@ -96,11 +102,11 @@ def grade_chat(
     if n < 1: raise UserError(f"n is {n}; give 1 or more requests")
     cuts, left_out = held_out_requests(tok, n, seed, model.cfg.ctx - max_tokens)
     if not cuts:
-        raise UserError(f"no request and {max_tokens} tokens of reply fit into the model's context of {model.cfg.ctx}; "
-                        "use a smaller max_tokens")
+        raise UserError(f"no request and {max_tokens} tokens of reply fit into the model's context of "
+                        f"{model.cfg.ctx}; use a smaller max_tokens")
     start = time.perf_counter()
-    made = generate_batch(model, tok, [tok.chat(m, reply=True)[0] for m in cuts], max_tokens, temperature,
-                          seed=seed, stop=[tok.end])
+    prompts = [tok.chat(m, reply=True)[0] for m in cuts]
+    made = generate_batch(model, tok, prompts, max_tokens, temperature, seed=seed, stop=[tok.end])
     seconds, kinds, right, examples = time.perf_counter() - start, Counter(), Counter(), []
     for messages, ids in zip(cuts, made):
         reply = tok.decode([i for i in ids if i not in (tok.end, tok.eos)], special=False)
