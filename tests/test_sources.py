@@ -8,10 +8,9 @@ import pytest
 
 from house import environment, files
 from test_cli import same_process, unix
-from tiny_llm import sources
+from tiny_llm.text import sources
 from tiny_llm.basics import UserError
-from tiny_llm.text.files import BLOCK, read_files
-from tiny_llm.text.sources import SPLITS, documents, read
+from tiny_llm.text.sources import BLOCK, SPLITS, documents, read, read_files
 
 DOCS = [f"Document {i} tells of {i * i} ducks that went swimming one day." for i in range(400)]
 PACK = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": lambda b: pa.compress(b, codec="zstd", asbytes=True)}
@@ -240,7 +239,7 @@ def test_a_shuffled_stream_of_datasets_loses_nothing(pauses):
 
 
 def test_a_dataset_by_name_breaks_and_is_resumed(tmp_path, pauses, monkeypatch):
-    "The road of hub names: `load_dataset(…, streaming=True)` gives a stream that breaks."
+    "The way of hub names: `load_dataset(…, streaming=True)` gives a stream that breaks."
     import datasets
     monkeypatch.setattr(sources, "_reachable", lambda: True)
     stream = Stream(1)

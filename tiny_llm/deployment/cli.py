@@ -222,7 +222,7 @@ def read_conversations(
         from tiny_llm.text.dialogues import conversations
         n = CONVERSATIONS if split == "train" else CONVERSATIONS // 20
         return conversations(limit or n, seed=seed, split=split)
-    from tiny_llm.text.files import json_rows, read_text as text_of
+    from tiny_llm.text.sources import json_rows, read_text as text_of
     path = Path(source).expanduser()
     if not path.is_file():
         beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
