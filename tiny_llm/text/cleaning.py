@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['CODE_MARKS', 'MIN_CHARS', 'NOTICE_SHARE', 'NOTICE_CHARS', 'NOTICES', 'DAMAGE_SHARE', 'MARKUP_SHARE', 'REPEATED',
-           'COMPRESSED', 'WORD', 'LETTERS', 'LETTERS_CODE', 'BLOB_RUN', 'BLOB_SHARE', 'LONG_LINE', 'LONG_SHARE',
-           'FILTERS', 'BASE', 'MIX', 'BLOCK_CHARS', 'SHINGLE', 'BANDS', 'BAND_ROWS', 'is_code', 'too_short',
-           'notice_share', 'error_page', 'damage_share', 'damage', 'markup_share', 'markup', 'repeated_share',
-           'repetitive', 'few_letters', 'blob', 'signatures', 'Report', 'clean', 'leak', 'scripts', 'Card', 'data_card']
+           'COMPRESSED', 'WORD', 'LETTER_SHARE', 'LETTER_SHARE_CODE', 'BLOB_RUN', 'BLOB_SHARE', 'LONG_LINE',
+           'LONG_SHARE', 'FILTERS', 'BASE', 'MIX', 'BLOCK_CHARS', 'SHINGLE', 'BANDS', 'BAND_ROWS', 'is_code',
+           'too_short', 'notice_share', 'error_page', 'damage_share', 'damage', 'markup_share', 'markup',
+           'repeated_share', 'repetitive', 'few_letters', 'blob', 'signatures', 'Report', 'clean', 'leak', 'scripts',
+           'Card', 'data_card']
 
 # %% ../../nbs/2_text/08_cleaning.ipynb #d8fd449b
 import base64, hashlib, io, re, sys, unicodedata, zlib
@@ -134,11 +135,11 @@ def repetitive(doc):
     if (r := repeated_share(doc)) >= REPEATED: return f"{r:.0%} of its 5-word sequences came before"
 
 # %% ../../nbs/2_text/08_cleaning.ipynb #7ba3e6dd
-LETTERS, LETTERS_CODE = 0.5, 0.25
+LETTER_SHARE, LETTER_SHARE_CODE = 0.5, 0.25
 
 def few_letters(doc):
     "Tables, numbers, decoration."
-    if (s := _byte_share(doc, _letters)) < LETTERS and not (s >= LETTERS_CODE and is_code(doc)):
+    if (s := _byte_share(doc, _letters)) < LETTER_SHARE and not (s >= LETTER_SHARE_CODE and is_code(doc)):
         return f"{s:.0%} of what is not white space are letters"
 
 # %% ../../nbs/2_text/08_cleaning.ipynb #05570043
