@@ -46,7 +46,7 @@ def data(
     column: str = None,      # column of the text in rows
 ):
     "Look at a text before training on it: size, duplicates, suspects, leaks."
-    from tiny_llm.text.card import data_card
+    from tiny_llm.text.cleaning import data_card
     if out and Path(out).exists(): raise UserError(f"{out} exists and is left as it is; name another file with --out")
     card = data_card(data, tok=open_model(model, "cpu")[1] if model else None, seed=seed, limit=limit, column=column)
     if out: write_file(out, json.dumps(card.to_dict(), indent=1, ensure_ascii=False) + "\n")
@@ -222,7 +222,7 @@ def read_conversations(
         from tiny_llm.text.dialogues import conversations
         n = CONVERSATIONS if split == "train" else CONVERSATIONS // 20
         return conversations(limit or n, seed=seed, split=split)
-    from tiny_llm.text.files import json_rows, read_text as text_of
+    from tiny_llm.text.sources import json_rows, read_text as text_of
     path = Path(source).expanduser()
     if not path.is_file():
         beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
