@@ -97,17 +97,19 @@ def longest(self: ModelConfig):
     s = self.rope_scaling or {}
     return int(self.ctx * s["factor"]) if s.get("rope_type") == "dynamic" else self.ctx
 
-# %% ../../nbs/1_transformer/06_model.ipynb #87a45a8d
+# %% ../../nbs/1_transformer/06_model.ipynb #ef967098
 @patch
 def check_shape(self: ModelConfig):
     "UserError for fields that do not go together."
     if self.n_heads % self.n_kv_heads:
         raise UserError(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
     for name in ("rope_base", "norm_eps", "init_std"):
-        if not (v := getattr(self, name)) > 0: raise UserError(f"{name} must be positive, not {v!r}")
+        if not (v := getattr(self, name)) > 0:
+            raise UserError(f"{name} must be positive, not {v!r}")
     if not 0 <= self.dropout < 1:
         raise UserError(f"dropout must be at least 0 and below 1, not {self.dropout!r}")
-    if not 0 < self.rotary <= 1: raise UserError(f"rotary must be above 0 and at most 1, not {self.rotary!r}")
+    if not 0 < self.rotary <= 1:
+        raise UserError(f"rotary must be above 0 and at most 1, not {self.rotary!r}")
     if self.positions == "rope" and (self.rotary_dim % 2 or not self.rotary_dim):
         turn = f"head_dim {self.head_dim} is odd"
         if self.rotary < 1: turn = f"{self.rotary_dim} of {self.head_dim} entries turn"
@@ -178,7 +180,7 @@ known_presets = {
 }
 presets = own_presets | known_presets
 
-# %% ../../nbs/1_transformer/06_model.ipynb #398b30e8
+# %% ../../nbs/1_transformer/06_model.ipynb #c477171e
 def preset(
     name,         # a key of `presets`
     **overrides   # any field of ModelConfig
@@ -188,10 +190,11 @@ def preset(
         raise UserError(f"no preset {name!r}; there are {', '.join(presets)}.{did_you_mean(name, presets)}")
     known = [f.name for f in fields(ModelConfig)]
     for k in overrides:
-        if k not in known: raise UserError(f"ModelConfig has no field {k!r}.{did_you_mean(k, known)}")
+        if k not in known:
+            raise UserError(f"ModelConfig has no field {k!r}.{did_you_mean(k, known)}")
     return ModelConfig(**{**presets[name], **overrides})
 
-# %% ../../nbs/1_transformer/06_model.ipynb #b8188066
+# %% ../../nbs/1_transformer/06_model.ipynb #6a0b5bb8
 class Transformer(nn.Module):
     "A decoder-only language model: ids in, logits of the next id out."
     def __init__(self,
@@ -211,9 +214,9 @@ class Transformer(nn.Module):
         self.init_weights()
 
     def hidden_states(self, ids, doc=None, positions=None, cache=None):
-        "What the head reads: the stream after the last block, normed (B, T, C). Arguments as in `forward`."
+        "What the head reads, (B, T, C): the stream after the last block, normed. Arguments as in `forward`."
         start, T = 0 if cache is None else cache.length, ids.shape[-1]
-        if not torch.compiler.is_compiling(): self.validate(ids, positions, start)
+        if not torch.compiler.is_compiling(): self.validate(ids, positions, start)   # would break the graph
         if doc is not None and cache is not None:
             raise UserError("doc and cache exclude each other: cache one document per row")
         learned, cos, sin = self.position_tables(start, T, positions)
@@ -244,7 +247,7 @@ def rotations(self: Transformer,
     if not c.rotary_dim: return None, None
     return rope_table(positions, c.rotary_dim, c.rope_base, c.rope_scaling, c.ctx)
 
-# %% ../../nbs/1_transformer/06_model.ipynb #fa171019
+# %% ../../nbs/1_transformer/06_model.ipynb #3138bdfb
 @patch
 def init_weights(self: Transformer):
     "Normal weights that keep the size of what they multiply; all writes to the stream together add one."
@@ -253,7 +256,8 @@ def init_weights(self: Transformer):
         if p.dim() < 2: continue   # gains start at 1
         table = name in ("embed.weight", "pos_embed.weight", "head.weight")
         std = self.cfg.init_std if table else p.shape[1] ** -0.5
-        if name.endswith(("attn.out.weight", "ffn.down.weight")): std *= (2 * self.cfg.n_layers) ** -0.5
+        if name.endswith(("attn.out.weight", "ffn.down.weight")):   # they write to the stream
+            std *= (2 * self.cfg.n_layers) ** -0.5
         nn.init.normal_(p, std=std)
 
 # %% ../../nbs/1_transformer/06_model.ipynb #eba37022
@@ -262,7 +266,7 @@ def device(self: Transformer):
     "Where the weights are."
     return self.embed.weight.device
 
-# %% ../../nbs/1_transformer/06_model.ipynb #0cdb5148
+# %% ../../nbs/1_transformer/06_model.ipynb #268922ea
 @patch
 def position_tables(self: Transformer,
     start,      # tokens before these
@@ -278,7 +282,8 @@ def position_tables(self: Transformer,
         end = start + T if positions is None else int(positions.max()) + 1 if positions.numel() else 0
         if end > c.ctx: cos, sin = self.rotations(torch.arange(end, device=self.device))
     cos, sin = cos[rows], sin[rows]
-    if positions is not None: cos, sin = cos.unsqueeze(-3), sin.unsqueeze(-3)   # (B, 1, T, R): for all heads
+    if positions is not None:
+        cos, sin = cos.unsqueeze(-3), sin.unsqueeze(-3)   # (B, 1, T, R): for all heads
     return None, cos, sin
 
 # %% ../../nbs/1_transformer/06_model.ipynb #e297fe9d

@@ -26,12 +26,13 @@ def count_params(
             "norms": norms * (1 + cfg.norm_bias) * C + cfg.qk_norm * 2 * L * D,
             "head": 0 if cfg.tied else cfg.vocab_size * C}
 
-# %% ../../nbs/1_transformer/07_sizes.ipynb #3ac010ae
+# %% ../../nbs/1_transformer/07_sizes.ipynb #f87545c6
 def on_meta(
     cfg,  # ModelConfig
 ):        # Transformer whose tensors have shapes and no memory
     "A model of any size to be counted."
-    with torch.device("meta"): return Transformer(cfg)
+    with torch.device("meta"):
+        return Transformer(cfg)
 
 # %% ../../nbs/1_transformer/07_sizes.ipynb #fc1bf9b3
 claims = {   # preset: parameters that its source claims; what is known of each source stands in 1.07 sizes
@@ -51,15 +52,15 @@ def flops_per_token(
     forward = 2 * (L * block + cfg.vocab_size * C) + 4 * L * H * D * T
     return 3 * forward if backward else forward
 
-# %% ../../nbs/1_transformer/07_sizes.ipynb #c24968b0
+# %% ../../nbs/1_transformer/07_sizes.ipynb #53849e2b
 def counted_flops(
     cfg,          # ModelConfig
     T,            # tokens in one sequence
     whole=True,   # False: count one layer and two, and take the others to be like the second
 ):                # (forward, backward), operations of the whole sequence
     "What PyTorch's own counter sees in a pass over one sequence, on the meta device."
-    from torch.nn.attention import SDPBackend, sdpa_kernel       # imported here: `tiny_llm info` alone needs
-    from torch.utils.flop_counter import FlopCounterMode         # them, and they take a while to load
+    from torch.nn.attention import SDPBackend, sdpa_kernel   # here, because few who import this module count
+    from torch.utils.flop_counter import FlopCounterMode
     if not whole and cfg.n_layers > 2:
         one, two = (counted_flops(replace(cfg, n_layers=n), T) for n in (1, 2))
         return tuple(a + (cfg.n_layers - 1) * (b - a) for a, b in zip(one, two))
