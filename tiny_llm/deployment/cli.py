@@ -323,8 +323,9 @@ def info_rows(
     cfg,     # ModelConfig
 ) -> list:   # rows for `table`
     "What a model of this shape consists of, and what it costs."
-    from tiny_llm.transformer.model import (count_params, counted_flops, flops_per_token, inference_memory, n_params, on_meta,
-                                training_memory)
+    from tiny_llm.transformer.model import n_params
+    from tiny_llm.transformer.sizes import (count_params, counted_flops, flops_per_token, inference_memory, on_meta,
+                                            training_memory)
     parts, train = count_params(cfg), training_memory(cfg)
     n, size = sum(parts.values()), lambda b: f"{b / 1e9:,.1f} GB" if b >= 1e9 else f"{b / 1e6:,.1f} MB"
     use = [{what: size(b) for what, b in inference_memory(cfg, size=bytes_).items()} for bytes_ in (4, 2)]
@@ -350,7 +351,8 @@ def facts(
     model, preset, vocab_size, ctx,   # as for `info`
 ) -> list:                            # rows for `table`
     "What `info` prints."
-    from tiny_llm.transformer.model import claims, count_params, preset as shape, presets
+    from tiny_llm.transformer.model import preset as shape, presets
+    from tiny_llm.transformer.sizes import claims, count_params
     if model and preset: raise UserError("give a model or a preset, not both")
     size = {name: value for name, value in (("vocab_size", vocab_size), ("ctx", ctx)) if value is not None}
     total = lambda name: sum(count_params(shape(name, **size)).values())

@@ -16,7 +16,8 @@ from fastcore.basics import patch
 
 from ..basics import UserError, pick_device, write_file
 from ..transformer.math import bits_per_byte, cross_entropy, softmax
-from ..transformer.model import Transformer, count_params, n_params, own_presets, preset
+from ..transformer.model import Transformer, n_params, own_presets, preset
+from ..transformer.sizes import count_params
 from ..transformer.huggingface import family
 from ..text.batches import Batch, Batches, Tokens, tokenize
 from ..text.sources import documents
