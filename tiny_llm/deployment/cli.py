@@ -44,7 +44,7 @@ def make_parser(
             parser.add_argument(f"--no_{name}", dest=name, action="store_false", default=None, help=f"not {name}")
     return parser
 
-# %% ../../nbs/5_deployment/05_cli.ipynb #90e588d8
+# %% ../../nbs/5_deployment/05_cli.ipynb #cc690b70
 def parse_options(
     f,           # a function
     words,       # what follows the command: ["--steps", "20"]
@@ -59,7 +59,8 @@ def parse_options(
             name, equals, value = word.partition("=")
             if name not in known: name = "--" + name[2:].replace("-", "_")
             if name not in known:
-                raise UserError(f"tiny_llm {_word(f)} has no option {word}; --help lists them.{did_you_mean(name, known)}")
+                raise UserError(f"tiny_llm {_word(f)} has no option {word}; --help lists them."
+                                f"{did_you_mean(name, known)}")
             word = name + equals + value
         line.append(word)
     given, rest = parser.parse_known_args(line)
@@ -259,7 +260,7 @@ def shape_of(
         name = plan(config.minutes, device, vocab_size, config.ctx, config.batch).preset
     return preset(name, vocab_size=vocab_size, **({"ctx": config.ctx} if config.ctx else {})), name
 
-# %% ../../nbs/5_deployment/05_cli.ipynb #4297fbc9
+# %% ../../nbs/5_deployment/05_cli.ipynb #e8ea3163
 @command
 @takes_settings(but=["model", "betas"])
 def train(
@@ -283,7 +284,8 @@ def train(
     elif asked.preset and not asked.model: shape(asked.preset)        # complain now, not after reading the text
     tok, tokens, val = read_text(asked, tok)
     tokens.require(asked.ctx or 32)
-    if made.get("sha256") not in (None, tokens.sha256()): note(f"the text is not the one of {config}: this is another run")
+    if made.get("sha256") not in (None, tokens.sha256()):
+        note(f"the text is not the one of {config}: this is another run")
     cfg, name = (ModelConfig(**asked.model), None) if past else shape_of(asked, device, len(tok))
     torch.manual_seed(asked.seed)
     settings = None if past else changed(asked, preset=name, data=asked.data or "stories")
@@ -469,7 +471,7 @@ def plot(
         write_file(folder / "plots.png", png.getvalue())
         print(folder / "plots.png")
 
-# %% ../../nbs/5_deployment/05_cli.ipynb #c677fa31
+# %% ../../nbs/5_deployment/05_cli.ipynb #98a4883c
 def _gigabytes(n_bytes): return f"{n_bytes / 1e9:,.1f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:,.1f} MB"
 
 def info_rows(
@@ -479,7 +481,7 @@ def info_rows(
     from tiny_llm.transformer.model import n_params
     from tiny_llm.transformer.sizes import (count_params, counted_flops, flops_per_token, inference_memory, on_meta,
                                             training_memory)
-    def millions(generate, train): return f"{generate / 1e6:,.2f} million to generate, {train / 1e6:,.2f} million to train"
+    def millions(one, all_): return f"{one / 1e6:,.2f} million to generate, {all_ / 1e6:,.2f} million to train"
     parts, train = count_params(cfg), training_memory(cfg)
     n = sum(parts.values())
     use = [{what: _gigabytes(b) for what, b in inference_memory(cfg, size=width).items()} for width in (4, 2)]

@@ -26,17 +26,18 @@ def table(
     width = max((len(name) for name, _ in rows), default=0)
     return "\n".join(f"{name:<{width}}  {value}".rstrip() for name, value in rows)
 
-# %% ../../nbs/5_deployment/04_quickstart.ipynb #156a0d5c
+# %% ../../nbs/5_deployment/04_quickstart.ipynb #7d9eb75c
 def loss_rows(
     val,       # what evaluate_loss returns, or None
 ) -> list:     # rows for `table`
     "The loss of a text, and the floor under it where it is known."
     if not val: return []
     known, bits, least = val.get("gap") is not None, val.get("bits_per_byte"), val.get("floor_bits_per_byte")
+    under = f" (floor {least:.4f})" if known and least else ""
     return [("validation loss", f"{val['nats_per_token']:.4f} nats/token on {val['tokens']:,} tokens"),
             ("floor", f"{val['floor_nats_per_token']:.4f} nats/token" if known else None),
             ("gap", f"{val['gap']:.4f} nats/token" if known else None),
-            ("bits per byte", None if bits is None else f"{bits:.4f}" + (f" (floor {least:.4f})" if known and least else ""))]
+            ("bits per byte", None if bits is None else f"{bits:.4f}{under}")]
 
 # %% ../../nbs/5_deployment/04_quickstart.ipynb #362b7471
 def share(
@@ -121,7 +122,7 @@ def _begun_before(folder, asked, past):
                             f"leave --{name} out")
     return past
 
-# %% ../../nbs/5_deployment/04_quickstart.ipynb #de87579b
+# %% ../../nbs/5_deployment/04_quickstart.ipynb #e6205ed0
 def begin(
     folder,        # Path
     asked: dict,   # minutes, seed, preset; None: not given
@@ -133,10 +134,12 @@ def begin(
     past = read_json(file) if file.is_file() else None
     if resume: return _begun_before(folder, asked, past)
     if past:
-        raise UserError(f"{folder} already holds a quickstart; go on with it (--resume), or choose another folder (--out)")
+        raise UserError(f"{folder} already holds a quickstart; go on with it (--resume), "
+                        "or choose another folder (--out)")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} already exists and is not empty; choose another folder (--out)")
-    asked = dict(minutes=4.0, seed=0, preset=preset) | {name: value for name, value in asked.items() if value is not None}
+    given = {name: value for name, value in asked.items() if value is not None}
+    asked = dict(minutes=4.0, seed=0, preset=preset) | given
     write_file(file, json.dumps(asked, indent=1))
     return asked
 
@@ -190,7 +193,7 @@ def train_both(
                         **folder_and_resume)
     return told, stage(folder / "chat", answer)
 
-# %% ../../nbs/5_deployment/04_quickstart.ipynb #cb90b5e0
+# %% ../../nbs/5_deployment/04_quickstart.ipynb #233f97a7
 def judge(
     told,     # Run of the stories
     tuned,    # Run of the chat
@@ -206,7 +209,7 @@ def judge(
     note(f"3 of 3: judging {n} stories and {n} replies")
     (base, tok), (model, _) = open_model(told.folder, device), open_model(tuned.folder, device)
     text = stream(model, tok, "", max_tokens=200, temperature=1.0, seed=0)
-    for _ in text: pass                                    # one text, for its speed
+    "".join(text)                                          # one text, for its speed
     first, second = told.summary, tuned.summary
     return dict(parameters=first["params"], tokens=dict(stories=first["tokens"], chat=second["tokens"]),
                 tokens_per_s=first["tokens_per_s"], training_seconds=first["seconds"] + second["seconds"],
@@ -214,7 +217,7 @@ def judge(
                 stories=grade_stories(model, tok, n=n), chat=grade_chat(model, tok, n=n),
                 generation_tokens_per_s=text.tokens_per_second)
 
-# %% ../../nbs/5_deployment/04_quickstart.ipynb #b5fcf823
+# %% ../../nbs/5_deployment/04_quickstart.ipynb #c7df7f87
 def judged_rows(
     told,    # what grade_stories returns, or None
     chat,    # what grade_chat returns, or None
@@ -224,7 +227,8 @@ def judged_rows(
     if told:
         rows += [("stories that parse", share(told["ok"], told["n"])), ("  faults of the rest", counts(told["kinds"]))]
     if chat:
-        rows += [("requests fulfilled", share(chat["share"], chat["n"])), ("  faults of the rest", counts(chat["faults"]))]
+        rows += [("requests fulfilled", share(chat["share"], chat["n"])),
+                 ("  faults of the rest", counts(chat["faults"]))]
     return rows
 
 # %% ../../nbs/5_deployment/04_quickstart.ipynb #a23126f8
