@@ -53,7 +53,7 @@ def _rows_of(lengths, ctx, fill):
             + [[next(pieces) for _ in range(n)] for n in counts.tolist()])
 
 def best_fit(
-    lengths,   # (D,) predictions in each document
+    lengths,   # (documents,) predictions in each document
     ctx: int,  # predictions in a row
 ) -> list:     # rows; each a list of pieces (document, start, stop), in predictions
     "Longest first, each into the fullest row that has room."
@@ -105,7 +105,7 @@ def _fullest(sizes, ctx):
     return np.array(places, np.int64), np.array(counts, np.int64)
 
 def fullest(
-    lengths,   # (D,) predictions in each document
+    lengths,   # (documents,) predictions in each document
     ctx: int,  # predictions in a row
 ) -> list:     # rows, as in `best_fit`
     "Row after row: the longest left, then what fills the row best, equation (2.10.2)."
@@ -117,7 +117,7 @@ def _packed(sizes, ctx):
     return min(_fullest(sizes, ctx), _best_fit(sizes, ctx), key=lambda found: len(found[1]))
 
 def pack(
-    lengths,   # (D,) predictions in each document
+    lengths,   # (documents,) predictions in each document
     ctx: int,  # predictions in a row
 ) -> list:     # rows; each a list of pieces (document, start, stop), in predictions
     "The fewer of the rows of `best_fit` and `fullest`. Only documents longer than a row are cut."
@@ -188,11 +188,11 @@ def index_rows(
     ctx: int,            # T, predictions in a row
     make=_zeros,         # make(name, dtype, n): n zeros to be filled, in memory or in a file
     block: int = BLOCK,  # documents that are packed together
-) -> tuple:              # whole (D+1,), src (D,), size (D,), first (shared rows + 1,)
+) -> tuple:              # whole: rows filled by documents before; src, size: of each piece; first: of each row
     "Which pieces are in which row of a packed corpus, as four arrays."
-    D, P, R = len(tokens), 0, 0                              # pieces and shared rows so far
-    whole, src = make("whole", np.int64, D + 1), make("src", np.int64, D)
-    size, first = make("size", np.int32, D), make("first", np.int64, D + 1)
+    docs, P, R = len(tokens), 0, 0                           # pieces and shared rows so far
+    whole, src = make("whole", np.int64, docs + 1), make("src", np.int64, docs)
+    size, first = make("size", np.int32, docs), make("first", np.int64, docs + 1)
     for i, j in tokens.spans(block):
         alone, rest, order = _whole_and_rest(tokens.lengths_of(i, j), ctx)
         whole[i + 1:j + 1] = whole[i] + np.cumsum(alone)
@@ -219,7 +219,7 @@ class Packed:
 
     def pieces(self,
         rows,   # (B,) numbers of rows; -1: padding
-    ):          # four arrays (P,): place in `rows`, which piece of its row, first id, predictions
+    ):          # four arrays (pieces,): place in `rows`, which piece of its row, first id, predictions
         "The pieces of some rows."
         n, shared = (rows >= 0).astype(np.int64), rows >= self.alone
         n[shared] = np.diff(self.first[rows[shared, None] - self.alone + [0, 1]])[:, 0]
@@ -241,12 +241,12 @@ class Chopped:
         if self.n != len(tokens.ids) - len(tokens):
             raise UserError("a document of this corpus has no ids; tokenize it again.")
 
-    def document(self, p):
-        "The documents in which the predictions p lie, equation (2.10.3)."
-        low, high = np.zeros_like(p), np.full_like(p, len(self.starts) - 1)
+    def document(self, i):
+        "The documents in which the predictions i lie, equation (2.10.3)."
+        low, high = np.zeros_like(i), np.full_like(i, len(self.starts) - 1)
         while (high - low > 1).any():
             mid = (low + high) // 2
-            left = self.starts[mid] - mid <= p
+            left = self.starts[mid] - mid <= i
             low, high = np.where(left, mid, low), np.where(left, high, mid)
         return low
 

@@ -27,10 +27,10 @@ from .tokenizer import Tokenizer
 @dataclass
 class Tokens:
     "A tokenized corpus: documents with the tokens that begin and end them; n + 1 ids make n predictions."
-    ids: np.ndarray           # (N,) uint16 or uint32, all documents one after another; may be a memory map
-    starts: np.ndarray        # (D+1,) int64: document d is ids[starts[d]:starts[d+1]]
-    doc_bytes: np.ndarray     # (D,) int64, UTF-8 bytes of each document's text
-    weights: np.ndarray | None  # (N,) float32, loss weight of each id as a target; None: all 1
+    ids: np.ndarray           # (ids,) uint16 or uint32, all documents one after another; may be a memory map
+    starts: np.ndarray        # (documents + 1,) int64: document d is ids[starts[d]:starts[d+1]]
+    doc_bytes: np.ndarray     # (documents,) int64, UTF-8 bytes of each document's text
+    weights: np.ndarray | None  # (ids,) float32, loss weight of each id as a target; None: all 1
     hash: str                 # of the tokenizer
     tok: Tokenizer | None = None
     path: Path | None = None  # of the file that is mapped; None: all in memory
@@ -47,7 +47,7 @@ class Tokens:
         return ((i, min(i + size, len(self))) for i in range(0, len(self), size))
     def lengths_of(self, i, j): return np.maximum(np.diff(self.starts[i:j + 1]) - 1, 0)
     @property
-    def lengths(self): return self.lengths_of(0, len(self))     # (D,) predictions per document
+    def lengths(self): return self.lengths_of(0, len(self))     # (documents,) predictions in each
     @cached_property
     def n_tokens(self) -> int: return sum(int(self.lengths_of(i, j).sum()) for i, j in self.spans())
     @cached_property

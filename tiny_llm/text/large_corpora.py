@@ -51,10 +51,10 @@ def index_on_disk(
 
 # %% ../../nbs/2_text/11_large_corpora.ipynb #a56e07d3
 def scattered(
-    i,       # (M,) numbers from 0 to n - 1
+    i,       # numbers from 0 to n - 1
     n: int,  # how many numbers there are
     seed,    # of the permutation: what np.random.default_rng takes
-):           # (M,) int64
+):           # int64, as many
     "Where a random permutation of 0 .. n-1 sends some numbers, without the permutation: equation (2.11.2)."
     u, keys = np.uint64, np.random.default_rng(seed).integers(0, 2 ** 64, 6, np.uint64)
     h = max(1, (max(n - 1, 1).bit_length() + 1) // 2)    # the smallest with n <= 4 ** h

@@ -15,12 +15,12 @@ from ..basics import UserError, did_you_mean
 
 # %% ../../nbs/3_training/01_optim.ipynb #725ca1ed
 def newton_schulz(
-    G: torch.Tensor,                                # one matrix or many, (..., A, B)
+    G: torch.Tensor,                                # one matrix or many, (..., rows, columns)
     steps: int = 5,                                 # how often the polynomial is applied
     coefficients: tuple = (3.4445, -4.7750, 2.0315),  # a, b, c of equation 3.01.11 (Jordan 2024)
     dtype: torch.dtype = torch.bfloat16,            # what to compute in
     eps: float = 1e-7,                              # smallest norm divided by
-) -> torch.Tensor:                                  # (..., A, B) near U V^T
+) -> torch.Tensor:                                  # like G: near U V^T
     "Set the singular values of a matrix to about one, without computing them (equation 3.01.11)."
     a, b, c = coefficients
     X = G.to(dtype)
