@@ -25,6 +25,7 @@ _home = {name: module for module, names in {
     "text.cleaning":            "clean data_card leak",
     "text.corpus":              "open_tokens tokenize",
     "text.batches":             "Batches pack",
+    "text.large_corpora":       "LargeBatches",
     "training.folder":          "load save",
     "training.audit":           "audit",
     "training.optim":           "make_optimizer schedule",

@@ -19,7 +19,8 @@ from ..transformer.math import bits_per_byte, cross_entropy, softmax
 from ..transformer.model import Transformer, n_params, own_presets, preset
 from ..transformer.sizes import count_params
 from ..transformer.huggingface import family
-from ..text.batches import Batch, Batches, Tokens, tokenize
+from ..text.batches import Batch, Tokens, tokenize
+from ..text.large_corpora import LargeBatches
 from ..text.sources import documents
 from .optim import clip_gradients, make_optimizer, schedule
 from .folder import swap_in
@@ -52,7 +53,7 @@ def _summed_loss(model, tokens, ctx, batch, dtype):
     was_training = model.training
     model.eval()
     nats = count = 0.0
-    for b in Batches(tokens, ctx, batch or max(1, 4096 // ctx)).once():
+    for b in LargeBatches(tokens, ctx, batch or max(1, 4096 // ctx)).once():
         weight = b.w.sum().item()
         nats += loss_of(model, b.to(model.device), dtype).item() * weight
         count += weight
@@ -127,7 +128,7 @@ class Training:
         self.val, self.floor, self.clock = val, floor, clock or Clock(steps=1)
         self.step = self.tokens = self.best_step = 0    # steps done; predictions learnt from
         self.best, self.scores, self.metrics = math.inf, None, []
-        self.batches = Batches(tokens, config.ctx, config.batch, config.seed)
+        self.batches = LargeBatches(tokens, config.ctx, config.batch, config.seed)
         self.opt = make_optimizer(model, config.optimizer, config.lr, config.weight_decay, config.betas)
         self.dtype = getattr(torch, config.dtype)
         self.loss = compiled(loss_of) if config.compile else loss_of
