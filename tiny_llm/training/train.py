@@ -29,7 +29,7 @@ from .run import (Clock, Progress, Run, can_compile, compiled, disk_errors, past
                                    read_checkpoint, read_metrics, resolved, resumed, stop_requests, sweep,
                                    write_checkpoint, write_sealed)
 
-# %% ../../nbs/3_training/05_train.ipynb #13de7efb
+# %% ../../nbs/3_training/05_train.ipynb #4d569a63
 def loss_of(
     model,               # Transformer
     b,                   # Batch
@@ -37,7 +37,7 @@ def loss_of(
 ):                       # () float32, nats per prediction that counts
     "The loss of one batch, equation 3.05.1."
     with torch.autocast(b.x.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-        return cross_entropy(model(b.x, b.doc, b.pos), b.y, b.w, validate=False)
+        return cross_entropy(model(b.x, b.doc, b.pos), b.y, b.w, validate=False)    # Batches makes no bad ids
 
 # %% ../../nbs/3_training/05_train.ipynb #625bdeba
 def story_nats(
@@ -257,7 +257,7 @@ def _split(
     if isinstance(docs, (str, Path)): docs = documents(docs, "train")
     return docs, None if val is False else val
 
-# %% ../../nbs/3_training/05_train.ipynb #556ed709
+# %% ../../nbs/3_training/05_train.ipynb #d4dd5d8c
 def train_and_val(
     docs,   # as in `train`
     val,    # as in `train`
@@ -268,7 +268,7 @@ def train_and_val(
     docs, val = _split(docs, val)
     tokens = docs if isinstance(docs, Tokens) else tokenize(docs, tok)
     if val is None or isinstance(val, Tokens): return tokens, val, None
-    val = list(val)[:4000]
+    val = list(val)[:4000]                     # enough for any cap; a source may be endless
     held = tokenize(val, tok)
     n = max(1, int((held.lengths.cumsum() <= cap).sum()))
     if n == 1 and isinstance(val[0], str) and held.lengths[0] > cap:
@@ -284,24 +284,29 @@ def rate(self: Training) -> float:
     recent = [r["tokens_per_s"] for r in self.metrics[-10:] if "tokens_per_s" in r]
     return sorted(recent)[len(recent) // 2] if recent else self.since["tokens"] / max(self.since["seconds"], 1e-9)
 
-# %% ../../nbs/3_training/05_train.ipynb #66547a75
+# %% ../../nbs/3_training/05_train.ipynb #0313cca3
+def _timed_step(t):
+    "Seconds of one step of a Training; no weight moves."
+    for _ in range(2):
+        start = time.perf_counter()
+        t.loss(t.model, t.batches[0].to(t.model.device), t.dtype).backward()
+    t.opt.zero_grad()
+    return time.perf_counter() - start
+
+# %% ../../nbs/3_training/05_train.ipynb #0f304cd5
 @patch
 def prepare(self: Training):
     "Compile, measure what the end will cost, and keep that much time back."
-    for _ in range(2):
-        start = time.perf_counter()
-        self.loss(self.model, self.batches[0].to(self.model.device), self.dtype).backward()
-    self.opt.zero_grad()
-    a_step = time.perf_counter() - start
+    a_step = _timed_step(self)
     if self.config.compile is None:
         worth_it = self.config.steps * a_step > 60 and can_compile(self.model.device)
         self.config = replace(self.config, compile=worth_it)
         if worth_it:
             self.loss = compiled(loss_of)
-            return self.prepare()
+            a_step = _timed_step(self)
     start = time.perf_counter()
     if self.step == 0: self.evaluate()
-    slower = 1.8 if self.dtype == torch.bfloat16 else 1.2    # the last evaluation is in float32
+    slower = 1.8 if self.dtype == torch.bfloat16 else 1.2    # the last evaluation is in float32, the first was not
     the_end = a_step + slower * (time.perf_counter() - start) + 1
     self.clock.reserve = max(self.clock.reserve, min(the_end, 0.4 * (self.clock.budget or 0)))
     self.clock.lost += time.perf_counter() - self.clock.began
@@ -336,7 +341,7 @@ def same_run(self: Training,
         raise UserError(f"the text is not the one that the run in {folder} was started with "
                         f"({made['documents']:,} documents, {made['bytes']:,} bytes)")
 
-# %% ../../nbs/3_training/05_train.ipynb #91db8d15
+# %% ../../nbs/3_training/05_train.ipynb #1e272c28
 @patch
 def begin(self: Training,
     source,      # as in `record`
@@ -346,13 +351,14 @@ def begin(self: Training,
     def found():
         if self.folder: write_sealed(self.folder / "config.json", {**to_dict(self.config), "made": self.record(source)})
 
-    if made: self.same_run(made)
-    if made: self.restore()
+    if made:
+        self.same_run(made)
+        self.restore()
     else: found()
     self.prepare()
     if not made: found()
 
-# %% ../../nbs/3_training/05_train.ipynb #5b70b153
+# %% ../../nbs/3_training/05_train.ipynb #ca48a4d5
 def run_steps(
     t,               # Training
     stop_at=None,    # step after which to leave off, or None
@@ -365,7 +371,7 @@ def run_steps(
     t.saved = time.perf_counter()
     try:
         with stop_requests() as asked:
-            while (share := clock.progress(t.step)) < 1 or t.step == 0:
+            while (share := clock.progress(t.step)) < 1 or t.step == 0:     # at least one step
                 if stop_at is not None and t.step >= stop_at: return "paused"
                 if asked: return "interrupted"
                 loss = t.advance(share)
@@ -378,7 +384,8 @@ def run_steps(
                     tenth, evaluated, cost = done, time.perf_counter(), time.perf_counter() - now
                     continue
                 if t.step % log_every == 0: t.log()
-                if t.step % config.save_every == 0 if config.save_every else now - t.saved > 60: t.checkpoint()
+                save_due = t.step % config.save_every == 0 if config.save_every else now - t.saved > 60
+                if save_due: t.checkpoint()
                 bar.show(t, loss)
         return "finished"
     finally: bar.close()
@@ -423,18 +430,18 @@ def _png(fig):
     plt.close(fig)
     return png.getvalue()
 
-# %% ../../nbs/3_training/05_train.ipynb #286d1684
+# %% ../../nbs/3_training/05_train.ipynb #3e764ecc
 def _settings(config, given, model, device, folder, resume):
     "(TrainConfig, record of the run that goes on, or None): of a new run or of the one in the folder."
     given = {name: value for name, value in given.items() if value is not None}
     asked = changed(config or TrainConfig(), "train", **given)
     past = past_run(folder, resume)
     if not past: return resolved(asked, model, device), None
-    usual = TrainConfig()
-    names = {*given, *(n for n, v in to_dict(asked).items() if v != to_dict(usual)[n])} if config else given
+    usual = to_dict(TrainConfig())          # what a config leaves at its default was not asked for
+    names = {*given, *(n for n, v in to_dict(asked).items() if v != usual[n])} if config else given
     return resumed(past[0], {name: getattr(asked, name) for name in names}, folder), past[1]
 
-# %% ../../nbs/3_training/05_train.ipynb #1277cb9b
+# %% ../../nbs/3_training/05_train.ipynb #0734c3f0
 @takes_settings()
 def train(
     model,                # Transformer; trained in place
@@ -457,7 +464,7 @@ def train(
     source = docs if docs is not None else config.data or "stories"
     name = str(source) if isinstance(source, (str, Path)) else None
     if name and not made: config = replace(config, data=name)
-    cap = min(65536, max(4096, int((config.minutes or 2) * 8_000)))
+    cap = min(65536, max(4096, int((config.minutes or 2) * 8_000)))       # an evaluation should take seconds
     tokens, held, least = train_and_val(source, val, tok, cap)
     clock = Clock(config.minutes, config.steps, began)
     t = Training(model.to(device), tok, tokens, config, folder, held, least if floor is None else floor, clock)
