@@ -26,7 +26,7 @@ def prose(nb): return "\n\n".join(source(c) for c in nb["cells"] if c["cell_type
 
 def words(path):
     "Words of a notebook's text; a formula counts as one, code fences as none."
-    text = re.sub(r"```.*?```|\$\$.*?\$\$", " ", prose(read(path)), flags=re.S)
+    text = re.sub(r"```.*?```|\$\$.*?\$\$|(?<=\])\([^)]*\)", " ", prose(read(path)), flags=re.S)     # no code, no addresses
     return len(re.findall(r"[A-Za-z][\w'’-]*", re.sub(r"\$[^$\n]+\$", " x ", text)))
 
 
@@ -202,7 +202,7 @@ def test_one_meaning_per_name():
 def notation():
     "The letters of the course, from the table in 1.01 math."
     table = re.search(r"## Symbols of the whole course\n+(?:[^|\n].*\n+)*((?:\|.*\n?)+)", prose(read(next(p for p in numbered() if p.stem == "01_math"))))[1]
-    return table, set(re.findall(r"\$(?:\\mathbf )?([A-Z][a-z]?)\$", "\n".join(row.split("|")[1] for row in table.splitlines())))
+    return table, {l.replace("_", "") for l in re.findall(r"\$(?:\\mathbf )?([A-Z](?:_?[a-z])?)\$", "\n".join(row.split("|")[1] for row in table.splitlines()))}
 
 
 def test_every_letter_of_a_shape_is_in_the_table():

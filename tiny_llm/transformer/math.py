@@ -112,10 +112,10 @@ def softmax_backward(
 
 # %% ../../nbs/1_transformer/01_math.ipynb #c782f0f7
 def linear_backward(
-    x,   # (..., I) input
-    W,   # (O, I) weights
-    dy,  # (..., O) gradient of the loss by the output
-):       # gradients by x (..., I), W (O, I) and the bias (O,)
+    x,   # (..., inputs) input
+    W,   # (outputs, inputs) weights
+    dy,  # (..., outputs) gradient of the loss by the output
+):       # gradients by x (..., inputs), W (outputs, inputs) and the bias (outputs,)
     "Equation (1.01.36); all leading axes are summed for the weights."
     rows = dy.reshape(-1, W.shape[0])
     return dy @ W, rows.T @ x.reshape(-1, W.shape[1]), rows.sum(0)

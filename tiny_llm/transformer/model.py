@@ -283,7 +283,7 @@ def position_tables(self: Transformer,
         if end > c.ctx: cos, sin = self.rotations(torch.arange(end, device=self.device))
     cos, sin = cos[rows], sin[rows]
     if positions is not None:
-        cos, sin = cos.unsqueeze(-3), sin.unsqueeze(-3)   # (B, 1, T, R): for all heads
+        cos, sin = cos.unsqueeze(-3), sin.unsqueeze(-3)   # (B, 1, T, Dr): for all heads
     return None, cos, sin
 
 # %% ../../nbs/1_transformer/06_model.ipynb #e297fe9d
