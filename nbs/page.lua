@@ -29,9 +29,10 @@ local function module()
 end
 
 
--- MathML has no \tag, and Pandoc drops it without a word: the number of an equation stands beside it.
+-- MathML has no \tag, and Pandoc drops it without a word: the number of an equation stands beside it. A formula within a line cannot
+-- break, so a long one may scroll.
 local function equation(el)
-  if el.mathtype ~= "DisplayMath" then return end
+  if el.mathtype ~= "DisplayMath" then return #el.text > 40 and pandoc.Span({el}, {class = "long-formula"}) or nil end
   local number
   el.text = el.text:gsub("%s*\\tag%s*{(.-)}", function(n) number = n; return "" end)
   local parts = pandoc.Inlines{pandoc.Span({el}, {class = "formula"})}
@@ -87,7 +88,7 @@ end
 
 
 local function launch(doc)
-  if not (notebook and run.repo) then return doc end
+  if not (notebook and run.repo) or notebook == "index.ipynb" then return doc end
   local at = run.repo .. "/blob/" .. run.version .. "/nbs/" .. notebook
   local file = notebook:match("[^/]+$")
   local binder = "https://mybinder.org/v2/gh/" .. run.repo .. "/" .. run.version .. "?labpath=nbs/" .. notebook
