@@ -1,26 +1,31 @@
-"""The course as its notebooks describe it: numbers, titles, what to read before, times, exports. README's tables and the site's sidebar are made from it.
+"""The course as its notebooks describe it: numbers, titles, what to read before, times, exports.
+
+README's tables and the site's sidebar are made from it.
 
     python nbs/_tools/course.py           # write the sidebar into _quarto.yml
     python nbs/_tools/course.py --check   # write nothing; exit code 1 if it would change
 
-The opening of a notebook is the source: `# Title`, `> blurb`, `**Before this:** [1.02 attention](02_attention.ipynb). **Time:** 25 minutes to
-read, 20 s to run.`, and for a deep dive the sentence `A deep dive: what follows does not need it.`
+The opening of a notebook is the source: `# Title`, `> blurb`, the line
+`**Before this:** [1.02 attention](02_attention.ipynb). **Time:** 25 minutes to read, 20 s to run.`
+and for a deep dive the sentence `A deep dive: what follows does not need it.`
 """
 import argparse, json, os, re, sys
 from dataclasses import dataclass
 from pathlib import Path
 
 NBS = Path(__file__).resolve().parent.parent
-PARTS = {"1_transformer": "Transformer", "2_text": "Text", "3_training": "Training", "4_assistant": "Assistant", "5_deployment": "Deployment"}
+PARTS = {"1_transformer": "Transformer", "2_text": "Text", "3_training": "Training", "4_assistant": "Assistant",
+         "5_deployment": "Deployment"}
 WORDS_PER_MINUTE = 150   # of reading, for a notebook that does not say how long it takes
 
-# Three ways through the course: a letter, what for, and the notebooks in order, by the modules that they export; None: all of them.
+# Three ways through the course: a letter, what for, and the notebooks, by the modules that they export; None: all of them.
 ROUTES = [
     ("A", "understand a transformer",
-     "first_model basics transformer.math transformer.attention transformer.rope transformer.blocks transformer.model assistant.generate"),
+     "first_model basics transformer.math transformer.attention transformer.rope transformer.blocks transformer.model "
+     "assistant.generate"),
     ("B", "train on my own text",
-     "first_model basics text.tokenizer text.sources text.corpus text.batches training.optim training.config training.run training.train "
-     "training.evaluate assistant.generate assistant.finetune assistant.chat deployment.cli"),
+     "first_model basics text.tokenizer text.sources text.corpus text.batches training.optim training.config "
+     "training.run training.train training.evaluate assistant.generate assistant.finetune assistant.chat deployment.cli"),
     ("C", "build everything", None),
 ]
 
@@ -60,21 +65,23 @@ def seconds_of(text):
 def links_of(text, here):
     "[1.02 attention](02_attention.ipynb) -> ('1.02', '1_transformer/02_attention.ipynb')"
     found = re.findall(r"\[(\d[\d.]*\w?) [^\]]*\]\(([\w/.]+\.ipynb)\)", text)
-    return [(number, os.path.normpath(os.path.join(here, target)).replace(os.sep, "/")) for number, target in found]
+    return [(number, Path(os.path.normpath(os.path.join(here, target))).as_posix()) for number, target in found]
 
 
 def notebook(path):
     "Read one notebook."
     at = path.relative_to(NBS).as_posix()
-    text = ["".join(c["source"]) for c in json.loads(path.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "markdown"]
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    text = ["".join(c["source"]) for c in cells if c["cell_type"] == "markdown"]
     title, blurb = re.match(r"# (.+)\n+> (.+)", text[0]).groups()
     opening = " ".join(" ".join(text[:3]).split())
     before = re.search(r"\*\*Before this:\*\*(.*?)(?=\*\*Time:\*\*|$)", opening)
     minutes = re.search(r"\*\*Time:\*\* (\d+) minutes? to read", opening)
     part, name = at.split("/")[0] if "/" in at else "", path.stem.split("_", 1)
     return Notebook(
-        path=at, number=f"{part[:1]}.{name[0]}".removeprefix("."), module=f"{part.partition('_')[2]}.{name[1]}".removeprefix("."),
-        title=title, blurb=blurb, before=links_of(before[1], path.parent.relative_to(NBS).as_posix()) if before else [],
+        path=at, number=f"{part[:1]}.{name[0]}".removeprefix("."),
+        module=f"{part.partition('_')[2]}.{name[1]}".removeprefix("."),
+        title=title, blurb=blurb, before=links_of(before[1], os.path.dirname(at)) if before else [],
         minutes=int(minutes[1]) if minutes else None, seconds=seconds_of(opening), deep="A deep dive:" in opening,
         words=sum(len(t.split()) for t in text))
 
@@ -101,13 +108,15 @@ def row(n):
     before = ", ".join(f"[{number}]({path})" for number, path in n.before)
     time = ", ".join(filter(None, [n.minutes and f"{n.minutes} min", n.seconds]))
     exports = ", ".join(f"`{name}`" for name in public_names(n))
-    return f"| [{n.number} {n.title}]({n.path}){' ☆' * n.deep} | {n.blurb} | {before} | {time} | {' '.join(n.routes)} | {exports} |"
+    name = f"[{n.number} {n.title}]({n.path})" + " ☆" * n.deep
+    return f"| {name} | {n.blurb} | {before} | {time} | {' '.join(n.routes)} | {exports} |"
 
 
 def table(part=""):
     "The notebooks of one part ('3_training'; '' for those at the top) as a Markdown table."
     rows = [row(n) for n in course() if (n.path.split("/")[0] if "/" in n.path else "") == part]
-    return "\n".join(["| notebook | what it teaches | before | time | route | exports |", "|---|---|---|---|---|---|", *rows])
+    head = ["| notebook | what it teaches | before | time | route | exports |", "|---|---|---|---|---|---|"]
+    return "\n".join([*head, *rows])
 
 
 def routes():
@@ -124,7 +133,10 @@ def routes():
 
 def sidebar():
     "The lines of _quarto.yml between its two marks: every notebook with its number and title, deep dives with a star."
-    def entry(n, indent): return [f"{indent}- text: {json.dumps(f'{n.number} {n.title}' + ' ☆' * n.deep, ensure_ascii=False)}", f"{indent}  href: {n.path}"]
+    def entry(n, indent):
+        name = json.dumps(f"{n.number} {n.title}" + " ☆" * n.deep, ensure_ascii=False)
+        return [f"{indent}- text: {name}", f"{indent}  href: {n.path}"]
+
     all_of, lines = course(), ["      - text: What it is", "        href: index.ipynb"]
     for n in all_of:
         if "/" not in n.path: lines += entry(n, " " * 6)
@@ -138,7 +150,8 @@ def sidebar():
 
 def quarto_yml(old):
     "_quarto.yml with its sidebar made anew."
-    return re.sub(r"(?<=# sidebar: made by nbs/_tools/course.py\n).*?(?=^ *# end of sidebar)", lambda m: sidebar(), old, flags=re.DOTALL | re.MULTILINE)
+    between = r"(?<=# sidebar: made by nbs/_tools/course.py\n).*?(?=^ *# end of sidebar)"
+    return re.sub(between, lambda m: sidebar(), old, flags=re.DOTALL | re.MULTILINE)
 
 
 def main():
