@@ -352,10 +352,10 @@ def test_no_page_is_wider_than_a_phone(site, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(2400)
 @pytest.mark.skipif(not shutil.which("quarto"), reason="Quarto is not installed here; the workflow site.yml renders with it")
 def test_quarto_renders(site):
-    run(["quarto", "render"], site.top, 900)
+    run(["quarto", "render"], site.top, 1500)
     made = site.top/config["project"]["output-dir"]
     files = {n: made/page_file(n) for n in pages}
     assert all(f.is_file() for f in files.values())
