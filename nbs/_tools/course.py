@@ -62,10 +62,17 @@ def seconds_of(text):
     return f"{'< ' if 'under' in (m[1] or '') else ''}{n} s"
 
 
-def links_of(text, here):
-    "[1.02 attention](02_attention.ipynb) -> ('1.02', '1_transformer/02_attention.ipynb')"
-    found = re.findall(r"\[(\d[\d.]*\w?) [^\]]*\]\(([\w/.]+\.ipynb)\)", text)
-    return [(number, Path(os.path.normpath(os.path.join(here, target))).as_posix()) for number, target in found]
+def number_of(at):
+    "3_training/05_train.ipynb -> 3.05; 01_basics.ipynb -> 01"
+    part, _, file = at.rpartition("/")
+    return f"{part[:1]}.{file.split('_')[0]}".removeprefix(".")
+
+
+def links_of(text, folder):
+    "Notebooks that a text links to: [1.02 attention](02_attention.ipynb) -> ('1.02', '1_transformer/02_attention.ipynb')"
+    targets = re.findall(r"\]\(([\w/.]+\.ipynb)\)", text)
+    paths = [Path(os.path.normpath(os.path.join(folder, target))).as_posix() for target in targets]
+    return [(number_of(path), path) for path in paths]
 
 
 def notebook(path):
@@ -77,10 +84,9 @@ def notebook(path):
     opening = " ".join(" ".join(text[:3]).split())
     before = re.search(r"\*\*Before this:\*\*(.*?)(?=\*\*Time:\*\*|$)", opening)
     minutes = re.search(r"\*\*Time:\*\* (\d+) minutes? to read", opening)
-    part, name = at.split("/")[0] if "/" in at else "", path.stem.split("_", 1)
+    part, name = os.path.dirname(at).partition("_")[2], path.stem.split("_", 1)[1]
     return Notebook(
-        path=at, number=f"{part[:1]}.{name[0]}".removeprefix("."),
-        module=f"{part.partition('_')[2]}.{name[1]}".removeprefix("."),
+        path=at, number=number_of(at), module=f"{part}.{name}".removeprefix("."),
         title=title, blurb=blurb, before=links_of(before[1], os.path.dirname(at)) if before else [],
         minutes=int(minutes[1]) if minutes else None, seconds=seconds_of(opening), deep="A deep dive:" in opening,
         words=sum(len(t.split()) for t in text))
@@ -124,8 +130,8 @@ def routes():
     all_of, rows = course(), []
     for letter, aim, names in ROUTES:
         chosen = [n for n in all_of if names is None or n.module in names.split()]
-        spine = [n for n in chosen if not n.deep]
-        time = hours(chosen) + (f" ({hours(spine)} without the deep dives)" if len(spine) < len(chosen) else "")
+        time, spine = hours(chosen), hours([n for n in chosen if not n.deep])
+        if spine != time: time += f" ({spine} without the deep dives)"
         way = "all notebooks in order" if names is None else ", ".join(f"[{n.number}]({n.path})" for n in chosen)
         rows.append(f"| {letter} | *{aim}* | {way} | {len(chosen)} | {time} |")
     return "\n".join(["| route | what for | notebooks | number | reading |", "|---|---|---|---|---|", *rows])
