@@ -1,5 +1,5 @@
 -- What every page of the site gets, from one place: a line to download and run its notebook, numbered equations, tables and formulas
--- that scroll by themselves, places to link to at exported functions, links within the site that stay on the host one is on.
+-- that scroll by themselves, links to equations, places to link to at exported functions, links within the site that stay on the host one is on.
 -- Quarto says which notebook it renders; without Quarto (tests/test_site.py) the metadata `notebook` does.
 local notebook, run, home = nil, {}, nil
 
@@ -80,6 +80,33 @@ local function places(doc)
 end
 
 
+-- "(1.02.3)" in a text becomes a link to that equation, if it stands on this page.
+local function references(doc)
+  local here = {}
+  doc:walk{Span = function(el)
+    if el.classes:includes("equation-number") then here[el.identifier:gsub("^equation%-", "")] = true end
+  end}
+  local function linked(el)
+    local parts, at = pandoc.Inlines{}, 1
+    for first, number, last in el.text:gmatch("()%((%d%.%d%d%.%d+%a?)%)()") do
+      if here[number] then
+        if first > at then parts:insert(pandoc.Str(el.text:sub(at, first - 1))) end
+        parts:insert(pandoc.Link("(" .. number .. ")", "#equation-" .. number, "", {class = "to-equation"}))
+        at = last
+      end
+    end
+    if at == 1 then return end
+    if at <= #el.text then parts:insert(pandoc.Str(el.text:sub(at))) end
+    return parts
+  end
+  local function bare(el)
+    return el:walk{Link = function(l) if l.classes:includes("to-equation") then return l.content end end}
+  end
+  doc = doc:walk{Str = linked}
+  return doc:walk{Link = bare, Header = bare, Span = function(el) if el.classes:includes("equation-number") then return bare(el) end end}
+end
+
+
 local function link(el)
   if not (home and notebook and el.target:sub(1, #home) == home) then return end
   el.target = up() .. el.target:sub(#home + 1)
@@ -104,4 +131,4 @@ local function launch(doc)
 end
 
 
-return {{Meta = about}, {Pandoc = places}, {Math = equation, Table = scrolling, Link = link}, {Pandoc = launch}}
+return {{Meta = about}, {Pandoc = places}, {Math = equation, Table = scrolling, Link = link}, {Pandoc = references}, {Pandoc = launch}}

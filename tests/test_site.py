@@ -300,6 +300,8 @@ def test_equation_numbers(site, page):
     assert all(f'id="equation-{t}" class="equation-number">({t})</span>' in site.html[page] for t in tags)
     referred = set(re.findall(r"(?<!\w)\((\d\.\d\d[a-z]?\.\d+[a-z]?)\)", re.sub(r"`[^`\n]*`|\$.*?\$", "", site.markdown[page])))
     assert referred <= all_tags(site), f"no such equation: {referred - all_tags(site)}"
+    linked = set(re.findall(r'<a href="#equation-([\w.]+)"', site.html[page]))
+    assert linked <= set(tags) and (linked or not referred & set(tags)), "an equation of this page is a link where the text names it"
 
 
 @every
