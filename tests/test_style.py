@@ -43,7 +43,7 @@ def test_no_line_of_code_is_too_long(path):
 
 @each_module
 def test_no_line_of_a_module_is_too_long(path):
-    text = path.read_text(encoding="utf-8").split("# %%", 1)[1]       # above is what nbdev writes
+    text = path.read_text(encoding="utf-8").split("# %% auto", 1)[1].split("# %%", 1)[1]       # above is what nbdev writes
     assert not [l for l in text.splitlines() if len(l) > 120]
 
 
@@ -201,8 +201,8 @@ def test_one_meaning_per_name():
 
 def notation():
     "The letters of the course, from the table in 1.01 math."
-    table = re.search(r"## Symbols of the whole course\n+((?:\|.*\n)+)", prose(read(next(p for p in numbered() if p.stem == "01_math"))))[1]
-    return table, set(re.findall(r"`([A-Z][a-z]?)`", table.replace("`, `", "` `")))
+    table = re.search(r"## Symbols of the whole course\n+(?:[^|\n].*\n+)*((?:\|.*\n?)+)", prose(read(next(p for p in numbered() if p.stem == "01_math"))))[1]
+    return table, set(re.findall(r"\$(?:\\mathbf )?([A-Z][a-z]?)\$", "\n".join(row.split("|")[1] for row in table.splitlines())))
 
 
 def test_every_letter_of_a_shape_is_in_the_table():

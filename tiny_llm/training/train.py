@@ -16,7 +16,8 @@ from fastcore.basics import patch
 
 from ..basics import UserError, pick_device, write_file
 from ..transformer.math import bits_per_byte, cross_entropy, softmax
-from ..transformer.model import Transformer, count_params, n_params, own_presets, preset
+from ..transformer.model import Transformer, n_params, own_presets, preset
+from ..transformer.sizes import count_params
 from ..transformer.huggingface import family
 from ..text.batches import Batch, Batches, Tokens, tokenize
 from ..text.sources import documents
@@ -172,7 +173,7 @@ def log(self: Training,
     with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as f:
         f.write(json.dumps(self.metrics[-1], ensure_ascii=False) + "\n")
 
-# %% ../../nbs/3_training/05_train.ipynb #b7088e19
+# %% ../../nbs/3_training/05_train.ipynb #b03fd205
 @patch
 def evaluate(self: Training,
     dtype=None,   # of the products; None: that of training
@@ -182,22 +183,27 @@ def evaluate(self: Training,
     if self.val is not None:
         self.scores = evaluate_loss(self.model, self.tok, self.val, ctx=self.config.ctx, floor=self.floor,
                                     dtype=dtype or self.dtype)
-        more |= dict(val=self.scores["nats_per_token"], val_bits_per_byte=self.scores["bits_per_byte"], floor=self.floor)
+        more |= dict(val=self.scores["nats_per_token"], val_bits_per_byte=self.scores["bits_per_byte"],
+                     floor=self.floor)
     self.log(**more)
     better = self.val is None or more["val"] < self.best
     if better: self.best, self.best_step = more.get("val", math.inf), self.step
     self.checkpoint(better)
 
-# %% ../../nbs/3_training/05_train.ipynb #f7eb95d9
+# %% ../../nbs/3_training/05_train.ipynb #9bc3988b
 @patch
 def card(self: Training) -> str:   # Markdown
     "The model card: the figures of the run so far."
     scores, cfg = self.scores or {}, self.model.cfg
     def shown(name): return None if scores.get(name) is None else f"{scores[name]:.4f}"
-    rows = {"parameters": f"{n_params(self.model):,}", "layers, width, context": f"{cfg.n_layers}, {cfg.d_model}, {cfg.ctx}",
-            "steps": f"{self.step:,}", "tokens seen": f"{self.tokens:,}", "training time (s)": f"{self.clock.seconds:.0f}",
+    rows = {"parameters": f"{n_params(self.model):,}",
+            "layers, width, context": f"{cfg.n_layers}, {cfg.d_model}, {cfg.ctx}",
+            "steps": f"{self.step:,}",
+            "tokens seen": f"{self.tokens:,}",
+            "training time (s)": f"{self.clock.seconds:.0f}",
             "validation loss (nats per token)": shown("nats_per_token"),
-            "floor (nats per token)": shown("floor_nats_per_token"), "validation loss (bits per byte)": shown("bits_per_byte")}
+            "floor (nats per token)": shown("floor_nats_per_token"),
+            "validation loss (bits per byte)": shown("bits_per_byte")}
     lines = [f"| {name} | {value} |" for name, value in rows.items() if value is not None]
     return "\n".join(["# A small language model", "", "Trained with tiny_llm.", "", "| | |", "|---|---|", *lines, ""])
 
@@ -506,7 +512,7 @@ def time_steps(
         if i: shortest = min(shortest, time.perf_counter() - start)
     return shortest
 
-# %% ../../nbs/3_training/05_train.ipynb #719d8f08
+# %% ../../nbs/3_training/05_train.ipynb #146ad2ae
 def plan(
     minutes: float = None,   # budget; None: 2
     device="auto",           # "cpu", "cuda", "mps", "auto"
@@ -521,7 +527,8 @@ def plan(
     "Derive model, batch and steps from the minutes, by measuring a few real steps."
     device, tried, fitting = pick_device(device), [], None
     asked = TrainConfig(minutes=minutes, batch=batch, dtype=dtype, compile=compile)
-    shapes = [(name, preset(name, vocab_size=vocab_size, **({"ctx": ctx} if ctx else {}))) for name in names or own_presets]
+    size = dict(vocab_size=vocab_size, **({"ctx": ctx} if ctx else {}))
+    shapes = [(name, preset(name, **size)) for name in names or own_presets]
     for name, cfg in sorted(shapes, key=lambda shape: sum(count_params(shape[1]).values())):
         model = Transformer(cfg).to(device)
         config = resolved(asked, model, device)
