@@ -68,6 +68,12 @@ local function places(doc)
     Div = function(el) taken[el.identifier] = true end,
   }
   return doc:walk{CodeBlock = function(el)
+    if #el.classes == 0 then
+      for line in el.text:gmatch("[^\n]+") do
+        if #line > 110 then el.classes = {"prose"} end   -- output that is text, such as a story: its lines are broken
+      end
+      return el
+    end
     if el.attributes["code-summary"] ~= "Exported source" then return end
     el.attributes["code-summary"] = module() or el.attributes["code-summary"]
     local marks = pandoc.Inlines{}

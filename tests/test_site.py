@@ -229,6 +229,12 @@ def test_after_rendering(tmp_path):
     assert (proc/"_docs"/"download"/"3_training"/"05_train.ipynb").read_text() == "{}"
 
 
+def test_printed_prose_is_broken_into_lines():
+    long, short = "once upon a time " * 10, "a | b"
+    made = pandoc("-f", "markdown", "-t", "html", "--lua-filter", NBS/"page.lua", stdin=f"```\n{long}\n```\n\n```\n{short}\n```\n").stdout
+    assert made.count('class="prose"') == 1 and made.index("prose") < made.index("a | b")
+
+
 def test_fonts_are_our_own():
     "The themes would fetch theirs from Google; formulas need a font with a table for them, which is small and free."
     style = (NBS/"styles.scss").read_text(encoding="utf-8")
