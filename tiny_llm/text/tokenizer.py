@@ -11,7 +11,7 @@ __all__ = ['BYTES', 'BYTE_ID', 'PATTERN', 'GPT2_PATTERN', 'SPECIALS', 'LETTER_OF
 import html, json, re, warnings
 from collections import Counter
 from datetime import datetime
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import chain
 from pathlib import Path
 import tokenizers
@@ -327,9 +327,10 @@ def _jinja(source):
     from jinja2.sandbox import ImmutableSandboxedEnvironment
     def refuse(message): raise UserError(str(message))
     room = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-    room.filters["tojson"] = lambda x, **kw: json.dumps(x, ensure_ascii=False, **kw)
+    room.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
     room.globals["raise_exception"] = refuse
-    room.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    def strftime_now(form): return datetime.now().strftime(form)
+    room.globals["strftime_now"] = strftime_now
     # `generation` is a mark of transformers' own
     source = re.sub(r"(\{%[-+]?\s*)generation(\s*[-+]?%\})", r"\1if true\2", source)
     return room.from_string(re.sub(r"(\{%[-+]?\s*)endgeneration(\s*[-+]?%\})", r"\1endif\2", source))
