@@ -8,9 +8,9 @@ from pathlib import Path
 import pydoc_data.topics, pytest, tokenizers
 
 from tiny_llm.basics import UserError
-from tiny_llm.text.bpe import BPE, GPT2, train_bpe
+from tiny_llm.text.bpe import BPE, train_bpe
 from tiny_llm.text.stories import stories
-from tiny_llm.text.tokenizer import PATTERN, SPECIALS, Tokenizer, train_tokenizer
+from tiny_llm.text.tokenizer import GPT2_PATTERN, PATTERN, SPECIALS, Tokenizer, train_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get("TINY_LLM_DATA") or ROOT.parent/"shared"/"data"/"text").parent
@@ -49,7 +49,7 @@ def in_tiktoken():
     import tiktoken
     tok = gpt2()
     ranks = {name: i for i, name in tok.names.items() if i != tok.specials["<|endoftext|>"]}
-    return tiktoken.Encoding("gpt2 offline", pat_str=GPT2, mergeable_ranks=ranks, special_tokens=tok.specials)
+    return tiktoken.Encoding("gpt2 offline", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens=tok.specials)
 
 
 # The trainer
@@ -58,7 +58,7 @@ def in_tiktoken():
 def test_golden_merges_and_vocabulary():
     "All 243 merges in order, and all 500 ids; ties toward the greater pair of byte strings."
     where = HOME/"bpe_golden"
-    tok = train_bpe(read(where/"corpus.en"), 500, pattern=GPT2, specials=["<|endoftext|>"], ties="bytes")
+    tok = train_bpe(read(where/"corpus.en"), 500, pattern=GPT2_PATTERN, specials=["<|endoftext|>"], ties="bytes")
     golden = [tuple(line.rsplit(" ", 1)) for line in read(where/"train-bpe-reference-merges.txt").splitlines()]
     assert len(golden) == 243 and tok.merges == golden
     assert tok.file["model"]["vocab"] == json.loads(read(where/"train-bpe-reference-vocab.json"))
@@ -76,7 +76,7 @@ def test_the_same_tokenizer_as_the_library(name, size):
     "Ties toward the smallest pair of ids: the same merges in the same order, the same file."
     docs = corpora()[name]
     ours, theirs = train_bpe(docs, size), train_tokenizer(docs, size)
-    assert len(ours) == size and ours.merges == [tuple(m) for m in json.loads(theirs._json)["model"]["merges"]]
+    assert len(ours) == size and ours.merges == [tuple(m) for m in json.loads(theirs.json_text)["model"]["merges"]]
     assert ours.tokenizer().hash == theirs.hash
 
 
@@ -279,6 +279,6 @@ def test_tokens_that_are_not_special_are_text():
     tk.add_special_tokens([tokenizers.AddedToken("<mask>", special=True, lstrip=True, normalized=False),
                            tokenizers.AddedToken("<w>", special=True, single_word=True, normalized=False)])
     tok = Tokenizer(tk)
-    ours = BPE(json.loads(tok._json))
+    ours = BPE(json.loads(tok.json_text))
     for s in ["a    b", "x  <tool>y", "one  <mask> two", "a<w>b <w> c", *map(random_text, range(50))]:
         for special in False, True: assert ours.encode(s, special) == tok.encode(s, special), (s, special)

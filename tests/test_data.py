@@ -9,11 +9,13 @@ import pytest
 import torch
 
 from house import environment
-from tiny_llm import corpus, data
 from tiny_llm.basics import UserError
+from tiny_llm.text import corpus, large_corpora
 from tiny_llm.text.batches import Batches, Tokens, open_tokens, pack, tokenize
+from tiny_llm.text.large_corpora import LargeBatches
 from tiny_llm.text.stories import stories
 from tiny_llm.text.tokenizer import train_tokenizer
+from tiny_llm.transformer.model import Transformer, preset
 
 FIELDS = ("x", "y", "w", "doc", "pos")
 
@@ -48,22 +50,32 @@ def tales(): return [str(s) for s in stories(300, seed=1)]
     (3, 1, 5000, 64, 8, 64, "de0f3cd3e9349f77 00a62ed18ae4fa47 6f2c6e912b224f49 4f2db6f1d14ab98a")])
 def test_saved_runs_meet_the_batches_they_know(seed, D, top, ctx, B, rows, want):
     "Fingerprints made with the loader of version 0.1.0: an order that changes would spoil every run that is resumed."
-    b = Batches(made_of(seed, D, top, seed == 1), ctx, B, seed=seed)
-    assert (b.n_rows, [fingerprint(b[k]) for k in (0, 3, 1000, 10**6)]) == (rows, want.split())
+    for kind in Batches, LargeBatches:
+        b = kind(made_of(seed, D, top, seed == 1), ctx, B, seed=seed)
+        assert (b.n_rows, [fingerprint(b[k]) for k in (0, 3, 1000, 10**6)]) == (rows, want.split())
+
+
+@pytest.mark.parametrize("seed, D, top, ctx, B, block, many, want", [
+    (4, 500, 300, 256, 4, 64, 0, "6ada815c657ebba0 df4a0ad0d342b9ec ca6360558fbe61c4 c968e3a517f0f318"),
+    (5, 2000, 60, 64, 32, 1 << 20, 100, "c8b65bca819c6774 c1f667a56dbeb844 2c2a6e658c0ae60f b53fd2803001c1a2"),
+    (6, 300, 90, 64, 8, 7, 1 << 20, "64912581e040df60 4a333e0e5bf7e181 22ee428f483b1caf 523a00f77d60384d")])
+def test_saved_runs_on_large_corpora_meet_the_batches_they_know(seed, D, top, ctx, B, block, many, want):
+    "The same for packing in blocks and for the computed order, with the limits set low."
+    b = LargeBatches(made_of(seed, D, top), ctx, B, seed=seed, block=block, many=many)
+    assert [fingerprint(b[k]) for k in (0, 3, 1000, 10**6)] == want.split()
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_each_token_is_a_target_once_per_epoch(seed, monkeypatch):
+def test_each_token_is_a_target_once_per_epoch(seed):
     r = random.Random(seed)
-    monkeypatch.setattr(data, "BLOCK", r.choice([1, 2, 7, 1 << 20]))
-    monkeypatch.setattr(data, "MANY", r.choice([0, 1 << 20]))
+    limits = dict(block=r.choice([1, 2, 7, 1 << 20]), many=r.choice([0, 1 << 20]))
     lengths = [r.choice([1, 2, r.randrange(1, 60), r.randrange(1, 400)]) for _ in range(r.randrange(1, 20))] + [2]
     starts = np.concatenate([[0], np.cumsum(lengths)])
     tokens = Tokens(np.arange(starts[-1], dtype=np.uint32), starts, np.zeros(len(lengths), np.int64), None, "")
     ctx, B, epoch = r.randrange(4, 80), r.randrange(1, 6), r.randrange(4)
     layout = r.choice(["packed", "chopped"])
-    b = Batches(tokens, ctx, B, seed, layout=layout, separate=r.random() < 0.5)
-    parts = [Batches(tokens, ctx, B, seed, rank, B, layout=layout) for rank in range(B)]
+    b = LargeBatches(tokens, ctx, B, seed, layout=layout, separate=r.random() < 0.5, **limits)
+    parts = [LargeBatches(tokens, ctx, B, seed, rank, B, layout=layout, **limits) for rank in range(B)]
     first, last = epoch * b.n_rows, (epoch + 1) * b.n_rows        # places of this epoch; batches run over its edges
     counted = []
     for k in range(first // B, -(-last // B)):
@@ -98,48 +110,79 @@ def test_processes_share_each_batch(tmp_path, tok, tales):
         for n in FIELDS: assert np.array_equal(np.concatenate([s[f"{k}.{n}"] for s in shares]), getattr(b, n).numpy()), (k, n)
 
 
+@pytest.mark.parametrize("dtype, tol", [(torch.float32, 2e-5), (torch.bfloat16, 2e-2)])
+def test_a_document_in_a_row_has_the_same_loss_as_alone(dtype, tol, tok, tales):
+    "Nats per token of each document: packed with closed borders as alone, with open ones not."
+    torch.manual_seed(0)
+    net = Transformer(preset("tiny", vocab_size=len(tok), ctx=512)).eval()
+    for p in net.parameters(): p.data *= 2 if p.dim() > 1 else 1       # louder than at the start of training: the context matters
+    some = tokenize(tales[:12], tok)
+
+    @torch.no_grad()
+    def nats(x, y, doc=None, pos=None):
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16): logits = net(x, doc, pos)
+        return torch.nn.functional.cross_entropy(logits.float().transpose(1, 2), y, reduction="none")
+
+    def in_rows(separate):
+        found, b = np.zeros(len(some)), Batches(some, 512, 1, separate=separate)
+        for r, row in enumerate(pack(some.lengths, 512)):
+            c, at = b.take([r]), 0
+            loss = nats(c.x, c.y, c.doc, c.pos)[0]
+            for d, start, stop in row:
+                found[d] = loss[at:at + stop - start].mean()
+                at += stop - start
+        return found
+
+    ids = [torch.from_numpy(some[d].astype(np.int64))[None] for d in range(len(some))]
+    alone = np.array([nats(i[:, :-1], i[:, 1:]).mean().item() for i in ids])
+    packed, opened = abs(in_rows(True) - alone).max(), abs(in_rows(False) - alone).max()
+    assert packed < tol and packed < opened / 5
+
+
 # The index on disk
 
 @pytest.fixture
-def many(tmp_path, tok, tales, monkeypatch):
+def many(tmp_path, tok, tales):
     "A corpus with more documents than a block."
-    monkeypatch.setattr(data, "BLOCK", 64)
     return tokenize(tales, tok, tmp_path/"tales")
 
 
+def blocks(tokens, ctx, layout="packed"): return LargeBatches(tokens, ctx, 4, layout=layout, block=64)
+
+
 def test_an_index_on_disk_is_the_one_in_memory(many, tmp_path, tales, tok):
-    b, memory = Batches(many, 200, 4), Batches(tokenize(tales, tok), 200, 4)
+    b, memory = blocks(many, 200), blocks(tokenize(tales, tok), 200)
     assert (tmp_path/"tales.rows200"/"rows.json").exists() and isinstance(b.layout.src.base, np.memmap)
     assert all(same(b[k], memory[k]) for k in (0, 5, 100))
     made = {p.name: p.stat().st_mtime_ns for p in (tmp_path/"tales.rows200").iterdir()}
-    assert same(Batches(open_tokens(tmp_path/"tales", tok), 200, 4)[9], b[9])
+    assert same(blocks(open_tokens(tmp_path/"tales", tok), 200)[9], b[9])
     assert made == {p.name: p.stat().st_mtime_ns for p in (tmp_path/"tales.rows200").iterdir()}, "the second opens what the first made"
-    assert Batches(many, 100, 4).n_rows and not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+    assert blocks(many, 100).n_rows and not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
 
 
 def test_a_stale_or_damaged_index_is_made_anew(many, tmp_path, tales, tok):
     folder = tmp_path/"tales.rows200"
-    want = Batches(many, 200, 4)[3]
+    want = blocks(many, 200)[3]
     for name, content in ("src.npy", b"\x93NUMPY"), ("rows.json", b"{"), ("first.npy", None):
         (folder/name).unlink() if content is None else (folder/name).write_bytes(content)
-        assert same(Batches(many, 200, 4)[3], want)
+        assert same(blocks(many, 200)[3], want)
     other = tokenize(tales[::-1], tok, tmp_path/"tales")
-    assert same(Batches(other, 200, 4)[3], Batches(tokenize(tales[::-1], tok), 200, 4)[3])
+    assert same(blocks(other, 200)[3], blocks(tokenize(tales[::-1], tok), 200)[3])
 
 
 def test_many_make_the_index_at_once(many, monkeypatch):
     "Processes start together; here threads, each with a number of its own for the part."
     numbers = iter(range(100))
-    monkeypatch.setattr(data.os, "getpid", lambda: next(numbers))
-    with ThreadPoolExecutor(4) as pool: found = list(pool.map(lambda _: fingerprint(Batches(many, 150, 4)[2]), range(4)))
+    monkeypatch.setattr(large_corpora.os, "getpid", lambda: next(numbers))
+    with ThreadPoolExecutor(4) as pool: found = list(pool.map(lambda _: fingerprint(blocks(many, 150)[2]), range(4)))
     assert len(set(found)) == 1
 
 
 def test_a_folder_that_cannot_be_written(many, tmp_path):
     (tmp_path/"tales.rows200").write_text("mine")
-    with pytest.raises(UserError, match="could not be written"): Batches(many, 200, 4)
+    with pytest.raises(UserError, match="could not be written"): blocks(many, 200)
     assert (tmp_path/"tales.rows200").read_text() == "mine"
-    assert Batches(many, 200, 4, layout="chopped").n_rows
+    assert blocks(many, 200, layout="chopped").n_rows
 
 
 # Workers

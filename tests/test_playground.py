@@ -7,8 +7,8 @@ import json, random, subprocess, sys, time
 import pytest
 
 from test_real_tokenizers import HOME, make, pairs, read
-from tiny_llm.text.playground import BYTE, Merges, playground
-from tiny_llm.text.tokenizer import Tokenizer
+from tiny_llm.text.playground import Merges, playground
+from tiny_llm.text.tokenizer import BYTE_OF, Tokenizer
 
 try:
     import test_chat_browser as browser
@@ -30,7 +30,7 @@ def same(folder):
     "All merges give the library's pieces, no merge gives bytes, and the playground opens the folder."
     tok = Tokenizer.load(folder)
     merges = Merges(tok)
-    absent = {b for c, b in BYTE.items() if c not in merges.vocab}  # SmolLM2 lacks some bytes, and drops them
+    absent = {b for c, b in BYTE_OF.items() if c not in merges.vocab}  # SmolLM2 lacks some bytes, and drops them
     for s in [*TEXTS, *texts()]:
         assert merges.pieces(s) == [tok.tk.id_to_token(i) for i in tok.encode(s)]
         assert len(merges.pieces(s, 0)) == sum(b not in absent for b in s.encode())

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from house import ROOT, environment, number, numbered, run
+import course
+from house import NBS, ROOT, environment, number, numbered, page, read, run, source
 
 README = (ROOT/"README.md").read_text(encoding="utf-8")
 BIN = Path(sys.executable).parent
@@ -113,10 +114,81 @@ def test_python_block(code, desk):
     assert "Once upon a time" in said or "Hello!" in said
 
 
-def test_table_lists_every_notebook():
-    rows = re.findall(r"^\| \[(\d[\d.]*\w?) .*?\]\((nbs/[\w/]+\.ipynb)\) \|", README, re.M)
-    assert [ROOT/path for _, path in rows] == numbered()
-    assert all(n == number(ROOT/path) for n, path in rows)
+def rows(heading):
+    "The cells of the first table below a heading, without its head."
+    text = README[README.index(f"\n### {heading}"):]
+    table = re.search(r"(?:^\|.*\n)+", text, re.M)[0].splitlines()
+    return [[c.strip() for c in line.strip("|").split(" | ")] for line in table[2:]]
+
+
+def test_tables_list_every_notebook():
+    "One table for what stands at the top, one for each of the five parts; deep dives bear a star."
+    found = re.findall(r"^\| \[(\d[\d.]*\w?) .*?\]\((nbs/[\w/]+\.ipynb)\)( ☆)? \|", README, re.M)
+    assert [ROOT/path for _, path, _ in found] == numbered()
+    assert all(n == number(ROOT/path) for n, path, _ in found)
+    assert [bool(star) for _, _, star in found] == [n.deep for n in course.course()]
+    for folder, name in course.PARTS.items():
+        assert [c[0].split("](nbs/")[1].split(")")[0] for c in rows(f"{folder[0]} {name}")] == [page(p) for p in numbered() if p.parent.name == folder]
+
+
+def test_tables_are_those_of_the_notebooks():
+    "What index.ipynb stored is what the openings of the notebooks say now."
+    from make_readme import relink
+    for part in ("", *course.PARTS): assert relink(course.table(part)) in README, f"run nbs/index.ipynb again: {part or 'the top'} has changed"
+    assert relink(course.routes()) in README
+
+
+def test_a_row():
+    "Prerequisites, times and routes come from the opening; nothing is printed where nothing is public."
+    n = course.Notebook("3_training/05_train.ipynb", "3.05", "training.train", "Training", "The loop.", [("1.06", "1_transformer/06_model.ipynb")], 25, "20 s", True, 3000)
+    assert course.row(n).startswith("| [3.05 Training](3_training/05_train.ipynb) ☆ | The loop. | [1.06](1_transformer/06_model.ipynb) | 25 min, 20 s | B | `")
+    n.module, n.minutes, n.seconds, n.before = "training.none", None, "", []
+    assert course.row(n).endswith(" | The loop. |  |  |  |  |") and n.reading == 20
+    assert "the command `tiny_llm`" not in README
+
+
+def test_what_an_opening_says(tmp_path, monkeypatch):
+    monkeypatch.setattr(course, "NBS", tmp_path)
+    path = tmp_path/"1_transformer"/"03_flash.ipynb"
+    path.parent.mkdir()
+    cells = ["# Tiles\n\n> A blurb.", "**Before this:** [1.02 attention](02_attention.ipynb), [2.04 tokenizer](../2_text/04_tokenizer.ipynb). **Time:** 25 minutes\nto read, 20 s to run.\n\n"
+             "A deep dive: what follows does not need it."]
+    path.write_text(json.dumps(dict(cells=[dict(cell_type="markdown", source=s) for s in cells])))
+    n = course.notebook(path)
+    assert (n.number, n.module, n.title, n.blurb, n.minutes, n.seconds, n.deep) == ("1.03", "transformer.flash", "Tiles", "A blurb.", 25, "20 s", True)
+    assert n.before == [("1.02", "1_transformer/02_attention.ipynb"), ("2.04", "2_text/04_tokenizer.ipynb")]
+
+
+def test_prerequisites_come_first():
+    "A notebook asks for notebooks with lower numbers; a route goes upward and has no deep dive."
+    all_of = course.course()
+    order = {n.path: i for i, n in enumerate(all_of)}
+    same_part = [(n.path, p) for n in all_of for _, p in n.before if p.split("/")[0] == n.path.split("/")[0]]
+    assert all(p in order for n in all_of for _, p in n.before) and all(order[p] < order[n] for n, p in same_part)
+    for _, _, names in course.ROUTES[:-1]:
+        chosen = [n for n in all_of if n.module in names.split()]
+        assert len(chosen) > 5 and not [n.path for n in chosen if n.deep]
+
+
+def test_routes_bear_hours():
+    said = README[README.index("| route |"):]
+    for aim in ("understand a transformer", "train on my own text", "build everything"): assert re.search(rf"\*{aim}\* \|.*\| \d+ \| [\d.]+ h", said), aim
+
+
+def test_quickstart_by_machine():
+    "What was measured bears the figures of the stored run; what was not says so."
+    machines = dict(rows("The quickstart on your machine"))
+    assert list(machines) == ["two CPU cores", "a laptop with many cores", "a Mac with an Apple chip", "an NVIDIA GPU"]
+    card = next("".join(o["data"]["text/markdown"]) for c in read(NBS/"index.ipynb")["cells"] if "card[" in source(c) for o in c.get("outputs", []) if "text/markdown" in o["data"])
+    two, *others = machines.values()
+    figures = re.findall(r"\d+ min \d+ s|\d[\d.]*%?", two)
+    assert two.startswith("Measured") and len(figures) >= 4 and all(f in card for f in figures)
+    assert all(text.startswith("Not measured.") and not re.search(r"\d", text) for text in others)
+
+
+def test_words():
+    "Nothing that has to be read twice, no word that only insiders know."
+    for bad in ("part documents", "the road", "ancestor", "first walk", "the house", "a road"): assert bad not in README, bad
 
 
 def test_first_screen():

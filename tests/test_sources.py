@@ -8,10 +8,9 @@ import pytest
 
 from house import environment, files
 from test_cli import same_process, unix
-from tiny_llm import sources
+from tiny_llm.text import sources
 from tiny_llm.basics import UserError
-from tiny_llm.text.files import BLOCK, read_files
-from tiny_llm.text.sources import SPLITS, documents, read
+from tiny_llm.text.sources import BLOCK_BYTES, SPLIT_NAMES, documents, read, read_files
 
 DOCS = [f"Document {i} tells of {i * i} ducks that went swimming one day." for i in range(400)]
 PACK = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": lambda b: pa.compress(b, codec="zstd", asbytes=True)}
@@ -51,7 +50,7 @@ BAD = {
     "torn_zip.txt": (zipped()[:40], "a zip archive"), "table.txt": (parquet(DOCS), "Parquet; name it .parquet"), "packed.txt": (gzip.compress(text), "gzip; name it .gz"),
     "latin.txt": ("ein\nGrüß\n".encode("latin-1"), "not UTF-8 (byte 6 is 0xfc, in line 2); convert it, for example with: iconv"),
     "wide.txt": ("A red ball.".encode("utf-16-le"), "UTF-16 without a byte order mark"), "odd.txt": ("A ball".encode("utf-16")[:-1], "not UTF-16, as its byte order mark says"),
-    "late.txt": (b"a" * (BLOCK - 1) + "ü".encode("latin-1"), f"byte {BLOCK - 1} is 0xfc, in line 1"), "half.txt": ("ü".encode()[:1], "byte 0 is 0xc3"),
+    "late.txt": (b"a" * (BLOCK_BYTES - 1) + "ü".encode("latin-1"), f"byte {BLOCK_BYTES - 1} is 0xfc, in line 1"), "half.txt": ("ü".encode()[:1], "byte 0 is 0xc3"),
     "late_zero.csv": (b"text\n" + (b"a" * 99 + b"\n") * 20_000 + b"\0", "byte 2000005 is zero, in line 20002"),
     "columns.parquet": (parquet(DOCS, "a"), "no text column; its columns are a, n"), "number.parquet": (parquet(list(range(9))), "row 0 of"),
     "cut.parquet": (parquet(DOCS)[:-9], "no Parquet file"), "flipped.parquet": (bytes(flipped), "no Parquet file"), "text.parquet": (text, "no Parquet file"),
@@ -240,7 +239,7 @@ def test_a_shuffled_stream_of_datasets_loses_nothing(pauses):
 
 
 def test_a_dataset_by_name_breaks_and_is_resumed(tmp_path, pauses, monkeypatch):
-    "The road of hub names: `load_dataset(…, streaming=True)` gives a stream that breaks."
+    "The way of hub names: `load_dataset(…, streaming=True)` gives a stream that breaks."
     import datasets
     monkeypatch.setattr(sources, "_reachable", lambda: True)
     stream = Stream(1)
@@ -278,7 +277,7 @@ def test_shares_of_a_mixture_are_shares_of_bytes(tmp_path):
 
 def test_splits_of_a_mixture_share_nothing(tmp_path):
     (tmp_path/"a.jsonl").write_bytes(rows(DOCS[:300])); (tmp_path/"b.jsonl").write_bytes(rows(DOCS[100:]))
-    got = {s: set(documents({tmp_path/"a.jsonl": 1, tmp_path/"b.jsonl": 2}, s)) for s in SPLITS}
+    got = {s: set(documents({tmp_path/"a.jsonl": 1, tmp_path/"b.jsonl": 2}, s)) for s in SPLIT_NAMES}
     assert not got["train"] & got["val"] and not got["train"] & got["test"] and not got["val"] & got["test"] and all(got.values())
 
 

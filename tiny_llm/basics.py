@@ -6,9 +6,10 @@
 __all__ = ['COLORS', 'UserError', 'did_you_mean', 'note', 'figure', 'check', 'exercise', 'ladder', 'ladder_table', 'slow_time',
            'stored_outputs', 'ask_first', 'pick_device', 'write_file', 'sha256', 'read_json']
 
-# %% ../nbs/01_basics.ipynb #6c1db3a4
+# %% ../nbs/01_basics.ipynb #3b92e71d
 import contextlib, hashlib, inspect, io, json, os, re, sys, time
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 
 # %% ../nbs/01_basics.ipynb #558a5b92
@@ -100,14 +101,15 @@ def _stub(f, test) -> str:
     head = source.splitlines()[node.lineno - 1 : end]
     return "\n".join([*head, f"{indent}...", "", f"{test.__name__}({f.__name__})"])
 
-# %% ../nbs/01_basics.ipynb #d77a3a4e
+# %% ../nbs/01_basics.ipynb #61861d3c
 def exercise(
     test,   # takes the function, returns True if it is right: usually `check(f(...), ...)`
 ):          # a decorator for the solution
     "Run `test` on a solution, fail if it fails, and show the stub to copy."
     def decorate(f):
         from IPython.display import Markdown, display
-        with contextlib.redirect_stdout(io.StringIO()) as said: right = test(f)
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            right = test(f)
         if not right:
             raise AssertionError(f"{test.__name__} does not accept the solution {f.__name__}: {said.getvalue()}")
         display(Markdown(f"Copy this into a cell and fill it in:\n\n```python\n{_stub(f, test)}\n```"))
@@ -235,7 +237,7 @@ class _Bar:
         self.thread.join()
         self.bar.close()
 
-# %% ../nbs/01_basics.ipynb #abfdff50
+# %% ../nbs/01_basics.ipynb #ca9c86b2
 def ask_first(
     shell,   # IPython's shell
 ):
@@ -251,7 +253,7 @@ def ask_first(
             return lines
         key = code.rstrip("\n")
         found = stored.get(key) or (stored_outputs(path) if path else {}).get(key) or []
-        shell.user_ns["_stored_result"] = lambda: _show_again(found, time)
+        shell.user_ns["_stored_result"] = partial(_show_again, found, time)
         return ["_stored_result()\n"]
 
     bars = []
@@ -303,7 +305,7 @@ def write_file(
         if beside.parent.is_dir(): beside.unlink(missing_ok=True)
     return path
 
-# %% ../nbs/01_basics.ipynb #94a75503
+# %% ../nbs/01_basics.ipynb #fb50c6b3
 def sha256(
     what,    # bytes, or the path of a file
 ) -> str:    # 64 hexadecimal digits
@@ -312,7 +314,8 @@ def sha256(
     if isinstance(what, (bytes, bytearray, memoryview)): digest.update(what)
     else:
         with open(what, "rb") as f:
-            while piece := f.read(1 << 20): digest.update(piece)
+            while piece := f.read(1 << 20):
+                digest.update(piece)
     return digest.hexdigest()
 
 # %% ../nbs/01_basics.ipynb #128df17d

@@ -10,11 +10,14 @@ from base64 import b64decode
 from pathlib import Path, PurePosixPath
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+# On the site, links to files of the repository need a whole address.
+BLOB = "https://github.com/tiny-llm/tiny_llm/blob/main/"
 WARNING = "<!-- Made from nbs/index.ipynb by nbs/_tools/make_readme.py: edit the notebook, not this file. -->"
 
 
 def from_top(target):
-    "A link as seen from the top: 01_math.ipynb -> nbs/1_transformer/01_math.ipynb, ../LICENSE -> LICENSE; whole addresses and anchors stay."
+    "A link as seen from the top: 01_basics.ipynb -> nbs/01_basics.ipynb, GitHub's address of LICENSE -> LICENSE; others stay."
+    if target.startswith(BLOB): return target.removeprefix(BLOB)
     if re.match(r"\w+:|#|/", target): return target
     parts = []
     for part in PurePosixPath("nbs", target).parts:

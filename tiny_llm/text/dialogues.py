@@ -31,19 +31,21 @@ SMALL_TALK = (  # what a person may say, what the model may answer
     (("Hello!", "Hi!", "Hello there!", "Hi, how are you?", "Good morning!", "Hey!"),
      ("Hello! Would you like to hear a story?", "Hi! I am happy to see you. Shall I tell you a story?")),
     (("Who are you?", "What are you?", "What is your name?", "Are you a person?", "Are you a robot?"),
-     ("I am a tiny language model. I tell short stories.", "I am a very small language model that learned to tell stories.")),
+     ("I am a tiny language model. I tell short stories.",
+      "I am a very small language model that learned to tell stories.")),
     (("What can you do?", "How can you help me?", "What do you know?"),
      ("I can tell you a story and answer questions about it.", "I can make up stories. Ask me for one!")),
     (("Who made you?", "How were you made?", "How do you work?"),
      ("I was trained in a few minutes, on two processor cores, to guess the next word.",)),
     (("Thank you!", "Thanks!", "That was nice.", "I liked that story.", "What a lovely story!"),
      ("You are welcome!", "I am glad that you liked it.")),
-    (("Goodbye!", "Bye!", "See you later!", "Good night!"), ("Goodbye! Come back for another story.", "Bye! It was nice to talk to you.")),
+    (("Goodbye!", "Bye!", "See you later!", "Good night!"),
+     ("Goodbye! Come back for another story.", "Bye! It was nice to talk to you.")),
 )
 TOPICS = {topic: Word(topic, "topic") for topic, *_ in PLOTS}
 HEROES = {who: Word(who, "hero") for who in ("girl", "boy")} | {w.text: w for w in WORDS["animal"]}
 
-# %% ../../nbs/2_text/03_dialogues.ipynb #4e8d91c6
+# %% ../../nbs/2_text/03_dialogues.ipynb #fb129364
 def wishes(roles, plot):
     "What a request may ask of a story: its roles under the names that REQUESTS uses."
     r = {k: roles[k] for k in ("a", "b", "tr", "pl", "c") if k in roles}
@@ -62,6 +64,7 @@ def request(t, rng):
     line = rng.choice(fitting(r))
     return "".join(p if isinstance(p, str) else r[p[1]].forms[p[2]] for p in parts(line))
 
+# %% ../../nbs/2_text/03_dialogues.ipynb #4e8d91c6
 @lru_cache(None)
 def request_pattern(line):
     "The roles of a request and a regular expression that finds their words."
@@ -85,7 +88,8 @@ def fulfilled(
     reply: str,      # what the model answered
 ) -> bool:           # whether the reply does what was asked; None if this judge cannot tell
     "The judge of a reply."
-    if not messages or messages[-1]["role"] != "user": raise UserError("there is nothing to reply to; the last message must be the user's")
+    if not messages or messages[-1]["role"] != "user":
+        raise UserError("there is nothing to reply to; the last message must be the user's")
     asked, reply = messages[-1]["content"].strip(), reply.strip()
     for said, answers in SMALL_TALK:
         if asked in said: return reply in answers

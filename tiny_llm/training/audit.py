@@ -61,14 +61,6 @@ class Audit:
         return "\n".join(["| | |", "|---|--:|", *known, "", *doubts])
 
 # %% ../../nbs/3_training/07_audit.ipynb #67dda649
-def _positive(whole=True, **given):
-    "UserError unless each of these is None or a finite number above 0."
-    for name, n in given.items():
-        if n is None: continue
-        good = isinstance(n, (int, float)) and not isinstance(n, bool) and 0 < n < math.inf
-        if not good or whole and n != int(n):
-            raise UserError(f"{name} is {n!r}; it must be a {'whole ' if whole else ''}number above 0.")
-
 def _doubts(a, n_params, train_bytes, stride, ctx):
     "What speaks against the number, as sentences."
     name, best = min(MARKS.items(), key=lambda m: m[1])
@@ -87,10 +79,18 @@ def _doubts(a, n_params, train_bytes, stride, ctx):
     if stride and stride < ctx:
         yield (f"windows of {ctx} tokens at a stride of {stride} overlap: if a tenth was drawn at random, "
                f"{1 - 0.1**(ctx / stride - 1):.0%} of the validation text is training text.")
-    if not 0.5 <= a.bytes_per_token <= 16:
+    if not 0.5 <= a.bytes_per_token <= 16:  # a count of another text, or of characters for tokens
         yield f"{a.bytes_per_token:.2g} bytes per token are unusual: are both counts of the same text?"
 
 # %% ../../nbs/3_training/07_audit.ipynb #1b1d3c25
+def _positive(whole=True, **given):
+    "UserError unless each of these is None or a finite number above 0."
+    for name, n in given.items():
+        if n is None: continue
+        good = isinstance(n, (int, float)) and not isinstance(n, bool) and 0 < n < math.inf
+        if not good or whole and n != int(n):
+            raise UserError(f"{name} is {n!r}; it must be a {'whole ' if whole else ''}number above 0.")
+
 def audit(
     perplexity,         # as reported, per token
     n_tokens,           # tokens of the validation text

@@ -45,7 +45,7 @@ def check_choice(
     raise UserError(f"{name} is {value!r}; choose one of {', '.join(CHOICES[name])}."
                     f"{did_you_mean(str(value), CHOICES[name])}")
 
-# %% ../../nbs/3_training/03_config.ipynb #5c214324
+# %% ../../nbs/3_training/03_config.ipynb #58164d53
 @dataclass(frozen=True)
 class TrainConfig:
     "Every setting of a training run. None: decided when the run begins."
@@ -78,7 +78,8 @@ class TrainConfig:
         if self.dtype is not None:
             name = str(self.dtype).removeprefix("torch.")
             object.__setattr__(self, "dtype", SHORT.get(name, name))
-        for f in fields(self): _check(f.name, f.type, getattr(self, f.name))
+        for f in fields(self):
+            _check(f.name, f.type, getattr(self, f.name))
         if self.minutes and self.steps: raise UserError("give minutes or steps, not both")
         if not self.warmup < 1:
             raise UserError(f"warmup is {self.warmup}; give the share of the run, from 0 to below 1")

@@ -28,6 +28,7 @@ def token_nats(
     if long > model.cfg.ctx:
         raise UserError(f"a document has {long} tokens, the model's context {model.cfg.ctx}; leave it out, "
                         "for a gap is known for whole documents only")
+    # stories of like length share a batch, so that little of it is padding
     out, order, was = [None] * len(ids), sorted(range(len(ids)), key=lambda i: len(ids[i])), model.training
     model.eval()
     for k in range(0, len(order), batch):
@@ -36,7 +37,8 @@ def token_nats(
         rows = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tok.eos).to(model.device)
         logits = model(rows[:, :-1]).float()
         nats = F.cross_entropy(logits.transpose(1, 2), rows[:, 1:], reduction="none").cpu()
-        for i, row in zip(some, nats): out[i] = row[:len(ids[i]) - 1]
+        for i, row in zip(some, nats):
+            out[i] = row[:len(ids[i]) - 1]
     model.train(was)
     return out
 
@@ -52,16 +54,18 @@ def units(
         ends = [e for _, e in tok.tk.encode(doc, add_special_tokens=False).offsets]
         words, both, row, start, t, w = surprisals(doc), set(ends), [], 0, 0, 0
         for end in (e for _, e, *_ in words if e in both):
-            t0, w0 = t, w
-            while t < len(ends) and ends[t] <= end: t += 1
-            while w < len(words) and words[w][1] <= end: w += 1
+            t0, w0 = t, w  # the first token and the first word of this unit
+            while t < len(ends) and ends[t] <= end:
+                t += 1
+            while w < len(words) and words[w][1] <= end:
+                w += 1
             kind = max(words[w0:w], key=lambda x: x[3])[2]
             row.append((start, end, kind, nats[t0:t].sum().item(), sum(x[3] for x in words[w0:w])))
             start = end
         out.append(row + [(len(doc), len(doc), "end", nats[-1].item(), 0.0)])
     return out
 
-# %% ../../nbs/3_training/06_evaluate.ipynb #cbf90bd9
+# %% ../../nbs/3_training/06_evaluate.ipynb #fb3b49a2
 def sum_by_kind(
     rows,     # what `units` returns, of at least 2 stories
 ) -> list:    # of dicts, the largest gap first; nats per story, but for gap_per_word: nats
@@ -70,7 +74,8 @@ def sum_by_kind(
     if n < 2: raise UserError(f"there are {n} stories; give at least 2, or chance cannot be told from the rest")
     sums = defaultdict(lambda: torch.zeros(3, n, dtype=torch.float64))   # kind -> (words, loss, floor) by story
     for d, row in enumerate(rows):
-        for _, _, kind, loss, floor in row: sums[kind][:, d] += torch.tensor([1, loss, floor], dtype=torch.float64)
+        for _, _, kind, loss, floor in row:
+            sums[kind][:, d] += torch.tensor([1, loss, floor], dtype=torch.float64)
     out = []
     for kind, by_story in sums.items():
         gaps, (words, loss, floor) = by_story[1] - by_story[2], (by_story.sum(1) / n).tolist()
@@ -78,6 +83,7 @@ def sum_by_kind(
                         se=gaps.std().item() / n ** 0.5, gap_per_word=(loss - floor) / words))
     return sorted(out, key=lambda r: -r["gap"])
 
+# %% ../../nbs/3_training/06_evaluate.ipynb #cbf90bd9
 def gap_by_kind(
     model,      # Transformer
     tok,        # Tokenizer

@@ -9,17 +9,18 @@ __all__ = ['KINDS', 'MUON', 'TABLE_EPS', 'SCHEDULES', 'newton_schulz', 'Muon', '
 # %% ../../nbs/3_training/01_optim.ipynb #1aa44860
 import math
 import torch
+from fastcore.basics import patch
 from torch import nn
 from ..basics import UserError, did_you_mean
 
 # %% ../../nbs/3_training/01_optim.ipynb #725ca1ed
 def newton_schulz(
-    G: torch.Tensor,                                # one matrix or many, (..., A, B)
+    G: torch.Tensor,                                # one matrix or many, (..., rows, columns)
     steps: int = 5,                                 # how often the polynomial is applied
     coefficients: tuple = (3.4445, -4.7750, 2.0315),  # a, b, c of equation 3.01.11 (Jordan 2024)
     dtype: torch.dtype = torch.bfloat16,            # what to compute in
     eps: float = 1e-7,                              # smallest norm divided by
-) -> torch.Tensor:                                  # (..., A, B) near U V^T
+) -> torch.Tensor:                                  # like G: near U V^T
     "Set the singular values of a matrix to about one, without computing them (equation 3.01.11)."
     a, b, c = coefficients
     X = G.to(dtype)
@@ -32,7 +33,7 @@ def newton_schulz(
 
 # %% ../../nbs/3_training/01_optim.ipynb #c7b30ccc
 class Muon(torch.optim.Optimizer):
-    "Momentum, orthogonalized (Jordan 2024), with steps as long as Adam's (Liu et al. 2025): equation 3.01.14."
+    "Momentum, orthogonalized (Jordan 2024), with steps as long as Adam's (Liu et al. 2025): (3.01.14)."
     def __init__(self,
         params,                       # matrices, or groups of matrices
         lr: float = 1e-3,             # learning rate, in the unit of AdamW's
@@ -51,7 +52,8 @@ class Muon(torch.optim.Optimizer):
                 b = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
                 b.lerp_(p.grad, 1 - mu)
                 p.mul_(1 - lr * group["weight_decay"])
-                p.sub_(newton_schulz(p.grad.lerp(b, mu), group["ns_steps"]), alpha=0.2 * lr * max(p.shape) ** 0.5)
+                step = newton_schulz(p.grad.lerp(b, mu), group["ns_steps"])
+                p.sub_(step, alpha=0.2 * lr * max(p.shape) ** 0.5)
 
 # %% ../../nbs/3_training/01_optim.ipynb #295c0e5b
 def table_weights(
@@ -69,7 +71,8 @@ def decay_groups(
     "Matrices decay; tables, gains and biases do not."
     params = list(params)
     decays = [p.dim() >= 2 and id(p) not in tables for p in params]
-    groups = [dict(params=[p for p, d in zip(params, decays) if d == yes], weight_decay=yes * weight_decay) for yes in (True, False)]
+    groups = [dict(params=[p for p, d in zip(params, decays) if d == yes], weight_decay=yes * weight_decay)
+              for yes in (True, False)]
     return [g for g in groups if g["params"]]
 
 # %% ../../nbs/3_training/01_optim.ipynb #e4607599
@@ -81,7 +84,8 @@ class Optim:
     ):
         self.parts = parts
         self.names = {id(p): name for name, p in model.named_parameters()}
-        for group in self.groups: group["base_lr"] = group["lr"]
+        for group in self.groups:
+            group["base_lr"] = group["lr"]
 
     @property
     def groups(self): return [g for opt in self.parts for g in opt.param_groups]
@@ -91,62 +95,76 @@ class Optim:
 
     def zero_grad(self):
         "Forget the gradients."
-        for opt in self.parts: opt.zero_grad(set_to_none=True)
+        for opt in self.parts:
+            opt.zero_grad(set_to_none=True)
 
     def step(self,
         factor: float = 1.0,   # of each group's base learning rate, from `schedule`
     ):
         "Move all weights."
-        for g in self.groups: g["lr"] = g["base_lr"] * factor
-        for opt in self.parts: opt.step()
+        for g in self.groups:
+            g["lr"] = g["base_lr"] * factor
+        for opt in self.parts:
+            opt.step()
 
     def state_dict(self) -> dict:   # "weight's name/what" to tensor
         "Everything the optimizers remember, as named tensors."
-        return {f"{self.names[id(p)]}/{key}": value for opt in self.parts for p, s in opt.state.items() for key, value in s.items()}
+        remembered = [(self.names[id(p)], s) for opt in self.parts for p, s in opt.state.items()]
+        return {f"{name}/{key}": value for name, s in remembered for key, value in s.items()}
 
-    def load_state_dict(self,
-        tensors: dict,   # what `state_dict` returned
-    ):
-        "Put back what `state_dict` returned; the next step is the same to the last bit."
-        tensors = dict(tensors)
-        for opt in self.parts:
-            packed = opt.state_dict()
-            order = [p for g in opt.param_groups for p in g["params"]]
-            for i, p in enumerate(order):
-                mine = [k for k in tensors if k.rpartition("/")[0] == self.names[id(p)]]
-                packed["state"][i] = {k.rpartition("/")[2]: tensors.pop(k) for k in mine}
-                if not mine: del packed["state"][i]
-            opt.load_state_dict(packed)
-        if tensors: raise UserError(f"the optimizer state belongs to another model: it has {sorted(tensors)[0]!r}, which is not a weight here")
+# %% ../../nbs/3_training/01_optim.ipynb #9c4fad64
+@patch
+def load_state_dict(self: Optim,
+    tensors: dict,   # what `state_dict` returned
+):
+    "Put back what `state_dict` returned; the next step is the same to the last bit."
+    tensors = dict(tensors)
+    for opt in self.parts:
+        packed = opt.state_dict()
+        order = [p for g in opt.param_groups for p in g["params"]]
+        for i, p in enumerate(order):
+            mine = [k for k in tensors if k.rpartition("/")[0] == self.names[id(p)]]
+            packed["state"][i] = {k.rpartition("/")[2]: tensors.pop(k) for k in mine}
+            if not mine: del packed["state"][i]
+        opt.load_state_dict(packed)
+    if tensors:
+        raise UserError(f"the optimizer state belongs to another model: it has {sorted(tensors)[0]!r}, "
+                        "which is not a weight here")
 
 # %% ../../nbs/3_training/01_optim.ipynb #3b3d1ce3
 KINDS = ("adamw", "muon")
 MUON = dict(ns_steps=3)     # Newton-Schulz steps: three do here what five do, for 60% of their price
-TABLE_EPS = 1e-3            # Adam's ε for the tables beside Muon: rare words stand still between their appearances
+TABLE_EPS = 1e-3            # Adam's ε for the tables beside Muon: rare words wait for their appearances
 
 def make_optimizer(
     model: nn.Module,             # its weights that require a gradient are optimized
-    kind: str = "adamw",          # "adamw", or "muon": Muon for the matrices within the blocks, AdamW for the rest
+    kind: str = "adamw",          # "adamw", or "muon": Muon for matrices within blocks, AdamW for the rest
     lr: float = 3e-3,             # learning rate at the top of the schedule
     weight_decay: float = 0.1,    # of matrices that are not tables, per unit of learning rate
     betas: tuple = (0.9, 0.95),   # AdamW's memory for the mean and the square
 ) -> Optim:                       # `step(factor)`, `zero_grad()`, `state_dict()`, `load_state_dict()`
     "The optimizer of a model, with decay for the matrices within the blocks."
-    if kind not in KINDS: raise UserError(f"optimizer {kind!r}: choose one of {', '.join(KINDS)}.{did_you_mean(str(kind), KINDS)}")
-    if not lr > 0 or not math.isfinite(lr): raise UserError(f"learning rate {lr}: give a number above 0, such as 3e-3")
+    if kind not in KINDS:
+        raise UserError(f"optimizer {kind!r}: choose one of {', '.join(KINDS)}."
+                        f"{did_you_mean(str(kind), KINDS)}")
+    if not lr > 0 or not math.isfinite(lr):
+        raise UserError(f"learning rate {lr}: give a number above 0, such as 3e-3")
     if weight_decay < 0: raise UserError(f"weight decay {weight_decay}: give 0 or more")
     weights = [p for p in model.parameters() if p.requires_grad]
     if not weights: raise UserError("the model has no weight that requires a gradient")
-    tables = table_weights(model)
+    tables, parts = table_weights(model), []
     matrices = [p for p in weights if kind == "muon" and p.dim() == 2 and id(p) not in tables]
     taken = {id(p) for p in matrices}
     rest = [p for p in weights if id(p) not in taken]
-    fused = all(p.device.type in ("cpu", "cuda") for p in rest)
-    eps = TABLE_EPS if matrices else 1e-8
-    parts = [torch.optim.AdamW(decay_groups(rest, weight_decay, tables), lr=lr, betas=betas, eps=eps, fused=fused)] if rest else []
+    if rest:
+        groups = decay_groups(rest, weight_decay, tables)
+        fused = all(p.device.type in ("cpu", "cuda") for p in rest)
+        eps = TABLE_EPS if matrices else 1e-8
+        parts.append(torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=fused))
     if matrices:
         library = dict(adjust_lr_fn="match_rms_adamw") if hasattr(torch.optim, "Muon") else {}
-        parts.append(getattr(torch.optim, "Muon", Muon)(matrices, lr=lr, weight_decay=weight_decay, **MUON, **library))
+        muon = getattr(torch.optim, "Muon", Muon)     # ours under a PyTorch older than 2.9
+        parts.append(muon(matrices, lr=lr, weight_decay=weight_decay, **MUON, **library))
     return Optim(model, parts)
 
 # %% ../../nbs/3_training/01_optim.ipynb #8abe4632
@@ -158,11 +176,13 @@ def schedule(
     kind: str = "linear",    # how it falls to 0: "linear", "cosine"; or not at all: "constant"
 ) -> float:                  # factor on the learning rate, 0 to 1
     "The learning rate's factor at a point of the run (equation 3.01.16)."
-    if kind not in SCHEDULES: raise UserError(f"schedule {kind!r}: choose one of {', '.join(SCHEDULES)}.{did_you_mean(str(kind), SCHEDULES)}")
+    if kind not in SCHEDULES:
+        hint = did_you_mean(str(kind), SCHEDULES)
+        raise UserError(f"schedule {kind!r}: choose one of {', '.join(SCHEDULES)}.{hint}")
     if not 0 <= warmup < 1: raise UserError(f"warmup {warmup}: give the share of the run, from 0 to below 1")
-    p = min(max(progress, 0.0), 1.0)
-    if p < warmup: return p / warmup
-    r = (p - warmup) / (1 - warmup)
+    u = min(max(progress, 0.0), 1.0)
+    if u < warmup: return u / warmup
+    r = (u - warmup) / (1 - warmup)
     return {"linear": 1 - r, "cosine": 0.5 * (1 + math.cos(math.pi * r)), "constant": 1.0}[kind]
 
 # %% ../../nbs/3_training/01_optim.ipynb #9703c044
@@ -170,5 +190,5 @@ def clip_gradients(
     params,             # parameters with gradients
     c: float = 1.0,     # longest gradient let through; 0 or infinity: none is shortened
 ) -> torch.Tensor:      # its length before, () float32
-    "Shorten the gradient of all weights together to length `c` (equation 3.01.17); returns the length it had."
+    "Shorten the gradient of all weights together to length `c` (3.01.17); returns the length it had."
     return torch.nn.utils.clip_grad_norm_(list(params), c or math.inf)

@@ -349,15 +349,17 @@ class Run:
 
     def __repr__(self): return _in_one_line(self)
 
-# %% ../../nbs/3_training/04_run.ipynb #897bf510
+# %% ../../nbs/3_training/04_run.ipynb #2f3a2ca2
 def _in_one_line(run):
     def newest(key): return next((r[key] for r in reversed(run.metrics) if r.get(key) is not None), None)
     summary, val = run.summary, run.summary.get("val") or {}
-    found = dict(loss=summary.get("train_loss") or newest("loss"), validation=val.get("nats_per_token") or newest("val"),
+    found = dict(loss=summary.get("train_loss") or newest("loss"),
+                 validation=val.get("nats_per_token") or newest("val"),
                  floor=val.get("floor_nats_per_token") or run.floor)
     said = ", ".join(f"{name} {x:.3f}" for name, x in found.items() if x is not None)
     where, step = run.folder.name if run.folder else "in memory", summary.get("step", newest("step") or 0)
-    return f"Run({where}: {summary.get('stopped', 'not finished')} at step {step:,}" + (f", {said} nats per token)" if said else ")")
+    losses = f", {said} nats per token" if said else ""
+    return f"Run({where}: {summary.get('stopped', 'not finished')} at step {step:,}{losses})"
 
 # %% ../../nbs/3_training/04_run.ipynb #6732f43a
 def past_run(

@@ -16,9 +16,11 @@ from fastcore.basics import patch
 
 from ..basics import UserError, pick_device, write_file
 from ..transformer.math import bits_per_byte, cross_entropy, softmax
-from ..transformer.model import Transformer, count_params, n_params, own_presets, preset
+from ..transformer.model import Transformer, n_params, own_presets, preset
+from ..transformer.sizes import count_params
 from ..transformer.huggingface import family
-from ..text.batches import Batch, Batches, Tokens, tokenize
+from ..text.batches import Batch, Tokens, tokenize
+from ..text.large_corpora import LargeBatches
 from ..text.sources import documents
 from .optim import clip_gradients, make_optimizer, schedule
 from .folder import swap_in
@@ -27,7 +29,7 @@ from .run import (Clock, Progress, Run, can_compile, compiled, disk_errors, past
                                    read_checkpoint, read_metrics, resolved, resumed, stop_requests, sweep,
                                    write_checkpoint, write_sealed)
 
-# %% ../../nbs/3_training/05_train.ipynb #13de7efb
+# %% ../../nbs/3_training/05_train.ipynb #4d569a63
 def loss_of(
     model,               # Transformer
     b,                   # Batch
@@ -35,7 +37,7 @@ def loss_of(
 ):                       # () float32, nats per prediction that counts
     "The loss of one batch, equation 3.05.1."
     with torch.autocast(b.x.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-        return cross_entropy(model(b.x, b.doc, b.pos), b.y, b.w, validate=False)
+        return cross_entropy(model(b.x, b.doc, b.pos), b.y, b.w, validate=False)    # Batches makes no bad ids
 
 # %% ../../nbs/3_training/05_train.ipynb #625bdeba
 def story_nats(
@@ -51,7 +53,7 @@ def _summed_loss(model, tokens, ctx, batch, dtype):
     was_training = model.training
     model.eval()
     nats = count = 0.0
-    for b in Batches(tokens, ctx, batch or max(1, 4096 // ctx)).once():
+    for b in LargeBatches(tokens, ctx, batch or max(1, 4096 // ctx)).once():
         weight = b.w.sum().item()
         nats += loss_of(model, b.to(model.device), dtype).item() * weight
         count += weight
@@ -126,7 +128,7 @@ class Training:
         self.val, self.floor, self.clock = val, floor, clock or Clock(steps=1)
         self.step = self.tokens = self.best_step = 0    # steps done; predictions learnt from
         self.best, self.scores, self.metrics = math.inf, None, []
-        self.batches = Batches(tokens, config.ctx, config.batch, config.seed)
+        self.batches = LargeBatches(tokens, config.ctx, config.batch, config.seed)
         self.opt = make_optimizer(model, config.optimizer, config.lr, config.weight_decay, config.betas)
         self.dtype = getattr(torch, config.dtype)
         self.loss = compiled(loss_of) if config.compile else loss_of
@@ -172,7 +174,7 @@ def log(self: Training,
     with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as f:
         f.write(json.dumps(self.metrics[-1], ensure_ascii=False) + "\n")
 
-# %% ../../nbs/3_training/05_train.ipynb #b7088e19
+# %% ../../nbs/3_training/05_train.ipynb #b03fd205
 @patch
 def evaluate(self: Training,
     dtype=None,   # of the products; None: that of training
@@ -182,22 +184,27 @@ def evaluate(self: Training,
     if self.val is not None:
         self.scores = evaluate_loss(self.model, self.tok, self.val, ctx=self.config.ctx, floor=self.floor,
                                     dtype=dtype or self.dtype)
-        more |= dict(val=self.scores["nats_per_token"], val_bits_per_byte=self.scores["bits_per_byte"], floor=self.floor)
+        more |= dict(val=self.scores["nats_per_token"], val_bits_per_byte=self.scores["bits_per_byte"],
+                     floor=self.floor)
     self.log(**more)
     better = self.val is None or more["val"] < self.best
     if better: self.best, self.best_step = more.get("val", math.inf), self.step
     self.checkpoint(better)
 
-# %% ../../nbs/3_training/05_train.ipynb #f7eb95d9
+# %% ../../nbs/3_training/05_train.ipynb #9bc3988b
 @patch
 def card(self: Training) -> str:   # Markdown
     "The model card: the figures of the run so far."
     scores, cfg = self.scores or {}, self.model.cfg
     def shown(name): return None if scores.get(name) is None else f"{scores[name]:.4f}"
-    rows = {"parameters": f"{n_params(self.model):,}", "layers, width, context": f"{cfg.n_layers}, {cfg.d_model}, {cfg.ctx}",
-            "steps": f"{self.step:,}", "tokens seen": f"{self.tokens:,}", "training time (s)": f"{self.clock.seconds:.0f}",
+    rows = {"parameters": f"{n_params(self.model):,}",
+            "layers, width, context": f"{cfg.n_layers}, {cfg.d_model}, {cfg.ctx}",
+            "steps": f"{self.step:,}",
+            "tokens seen": f"{self.tokens:,}",
+            "training time (s)": f"{self.clock.seconds:.0f}",
             "validation loss (nats per token)": shown("nats_per_token"),
-            "floor (nats per token)": shown("floor_nats_per_token"), "validation loss (bits per byte)": shown("bits_per_byte")}
+            "floor (nats per token)": shown("floor_nats_per_token"),
+            "validation loss (bits per byte)": shown("bits_per_byte")}
     lines = [f"| {name} | {value} |" for name, value in rows.items() if value is not None]
     return "\n".join(["# A small language model", "", "Trained with tiny_llm.", "", "| | |", "|---|---|", *lines, ""])
 
@@ -250,7 +257,7 @@ def _split(
     if isinstance(docs, (str, Path)): docs = documents(docs, "train")
     return docs, None if val is False else val
 
-# %% ../../nbs/3_training/05_train.ipynb #556ed709
+# %% ../../nbs/3_training/05_train.ipynb #d4dd5d8c
 def train_and_val(
     docs,   # as in `train`
     val,    # as in `train`
@@ -261,7 +268,7 @@ def train_and_val(
     docs, val = _split(docs, val)
     tokens = docs if isinstance(docs, Tokens) else tokenize(docs, tok)
     if val is None or isinstance(val, Tokens): return tokens, val, None
-    val = list(val)[:4000]
+    val = list(val)[:4000]                     # enough for any cap; a source may be endless
     held = tokenize(val, tok)
     n = max(1, int((held.lengths.cumsum() <= cap).sum()))
     if n == 1 and isinstance(val[0], str) and held.lengths[0] > cap:
@@ -277,24 +284,29 @@ def rate(self: Training) -> float:
     recent = [r["tokens_per_s"] for r in self.metrics[-10:] if "tokens_per_s" in r]
     return sorted(recent)[len(recent) // 2] if recent else self.since["tokens"] / max(self.since["seconds"], 1e-9)
 
-# %% ../../nbs/3_training/05_train.ipynb #66547a75
+# %% ../../nbs/3_training/05_train.ipynb #0313cca3
+def _timed_step(t):
+    "Seconds of one step of a Training; no weight moves."
+    for _ in range(2):
+        start = time.perf_counter()
+        t.loss(t.model, t.batches[0].to(t.model.device), t.dtype).backward()
+    t.opt.zero_grad()
+    return time.perf_counter() - start
+
+# %% ../../nbs/3_training/05_train.ipynb #0f304cd5
 @patch
 def prepare(self: Training):
     "Compile, measure what the end will cost, and keep that much time back."
-    for _ in range(2):
-        start = time.perf_counter()
-        self.loss(self.model, self.batches[0].to(self.model.device), self.dtype).backward()
-    self.opt.zero_grad()
-    a_step = time.perf_counter() - start
+    a_step = _timed_step(self)
     if self.config.compile is None:
         worth_it = self.config.steps * a_step > 60 and can_compile(self.model.device)
         self.config = replace(self.config, compile=worth_it)
         if worth_it:
             self.loss = compiled(loss_of)
-            return self.prepare()
+            a_step = _timed_step(self)
     start = time.perf_counter()
     if self.step == 0: self.evaluate()
-    slower = 1.8 if self.dtype == torch.bfloat16 else 1.2    # the last evaluation is in float32
+    slower = 1.8 if self.dtype == torch.bfloat16 else 1.2    # the last evaluation is in float32, the first was not
     the_end = a_step + slower * (time.perf_counter() - start) + 1
     self.clock.reserve = max(self.clock.reserve, min(the_end, 0.4 * (self.clock.budget or 0)))
     self.clock.lost += time.perf_counter() - self.clock.began
@@ -329,7 +341,7 @@ def same_run(self: Training,
         raise UserError(f"the text is not the one that the run in {folder} was started with "
                         f"({made['documents']:,} documents, {made['bytes']:,} bytes)")
 
-# %% ../../nbs/3_training/05_train.ipynb #91db8d15
+# %% ../../nbs/3_training/05_train.ipynb #1e272c28
 @patch
 def begin(self: Training,
     source,      # as in `record`
@@ -339,13 +351,14 @@ def begin(self: Training,
     def found():
         if self.folder: write_sealed(self.folder / "config.json", {**to_dict(self.config), "made": self.record(source)})
 
-    if made: self.same_run(made)
-    if made: self.restore()
+    if made:
+        self.same_run(made)
+        self.restore()
     else: found()
     self.prepare()
     if not made: found()
 
-# %% ../../nbs/3_training/05_train.ipynb #5b70b153
+# %% ../../nbs/3_training/05_train.ipynb #ca48a4d5
 def run_steps(
     t,               # Training
     stop_at=None,    # step after which to leave off, or None
@@ -358,7 +371,7 @@ def run_steps(
     t.saved = time.perf_counter()
     try:
         with stop_requests() as asked:
-            while (share := clock.progress(t.step)) < 1 or t.step == 0:
+            while (share := clock.progress(t.step)) < 1 or t.step == 0:     # at least one step
                 if stop_at is not None and t.step >= stop_at: return "paused"
                 if asked: return "interrupted"
                 loss = t.advance(share)
@@ -371,7 +384,8 @@ def run_steps(
                     tenth, evaluated, cost = done, time.perf_counter(), time.perf_counter() - now
                     continue
                 if t.step % log_every == 0: t.log()
-                if t.step % config.save_every == 0 if config.save_every else now - t.saved > 60: t.checkpoint()
+                save_due = t.step % config.save_every == 0 if config.save_every else now - t.saved > 60
+                if save_due: t.checkpoint()
                 bar.show(t, loss)
         return "finished"
     finally: bar.close()
@@ -416,18 +430,18 @@ def _png(fig):
     plt.close(fig)
     return png.getvalue()
 
-# %% ../../nbs/3_training/05_train.ipynb #286d1684
+# %% ../../nbs/3_training/05_train.ipynb #3e764ecc
 def _settings(config, given, model, device, folder, resume):
     "(TrainConfig, record of the run that goes on, or None): of a new run or of the one in the folder."
     given = {name: value for name, value in given.items() if value is not None}
     asked = changed(config or TrainConfig(), "train", **given)
     past = past_run(folder, resume)
     if not past: return resolved(asked, model, device), None
-    usual = TrainConfig()
-    names = {*given, *(n for n, v in to_dict(asked).items() if v != to_dict(usual)[n])} if config else given
+    usual = to_dict(TrainConfig())          # what a config leaves at its default was not asked for
+    names = {*given, *(n for n, v in to_dict(asked).items() if v != usual[n])} if config else given
     return resumed(past[0], {name: getattr(asked, name) for name in names}, folder), past[1]
 
-# %% ../../nbs/3_training/05_train.ipynb #1277cb9b
+# %% ../../nbs/3_training/05_train.ipynb #0734c3f0
 @takes_settings()
 def train(
     model,                # Transformer; trained in place
@@ -450,7 +464,7 @@ def train(
     source = docs if docs is not None else config.data or "stories"
     name = str(source) if isinstance(source, (str, Path)) else None
     if name and not made: config = replace(config, data=name)
-    cap = min(65536, max(4096, int((config.minutes or 2) * 8_000)))
+    cap = min(65536, max(4096, int((config.minutes or 2) * 8_000)))       # an evaluation should take seconds
     tokens, held, least = train_and_val(source, val, tok, cap)
     clock = Clock(config.minutes, config.steps, began)
     t = Training(model.to(device), tok, tokens, config, folder, held, least if floor is None else floor, clock)
@@ -506,7 +520,7 @@ def time_steps(
         if i: shortest = min(shortest, time.perf_counter() - start)
     return shortest
 
-# %% ../../nbs/3_training/05_train.ipynb #719d8f08
+# %% ../../nbs/3_training/05_train.ipynb #146ad2ae
 def plan(
     minutes: float = None,   # budget; None: 2
     device="auto",           # "cpu", "cuda", "mps", "auto"
@@ -521,7 +535,8 @@ def plan(
     "Derive model, batch and steps from the minutes, by measuring a few real steps."
     device, tried, fitting = pick_device(device), [], None
     asked = TrainConfig(minutes=minutes, batch=batch, dtype=dtype, compile=compile)
-    shapes = [(name, preset(name, vocab_size=vocab_size, **({"ctx": ctx} if ctx else {}))) for name in names or own_presets]
+    size = dict(vocab_size=vocab_size, **({"ctx": ctx} if ctx else {}))
+    shapes = [(name, preset(name, **size)) for name in names or own_presets]
     for name, cfg in sorted(shapes, key=lambda shape: sum(count_params(shape[1]).values())):
         model = Transformer(cfg).to(device)
         config = resolved(asked, model, device)

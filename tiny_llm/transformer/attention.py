@@ -18,19 +18,21 @@ def causal_mask(
     device=None,    # where the mask is made
     window=None,    # a query sees itself and the window - 1 keys before it; None: all before it
 ):                  # (T, S) bool, True where query t may look at key s
-    "Who may look at whom if nobody sees the future, equation (1.02.6): the last query stands on the last key."
+    "Who may look at whom if nobody sees the future, (1.02.6): the last query stands on the last key."
     if window is not None and window < 1:
         raise UserError(f"the window is {window}; it must be 1 or more: each position sees itself.")
     S = T if S is None else S
+    # on diagonal S - T, query and key are the same position
     mask = torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
     return mask if window is None else mask.triu(S - T - window + 1)
 
 # %% ../../nbs/1_transformer/02_attention.ipynb #952c8430
 def _plain(q, k, v, mask):
-    "Equation (1.02.5) in tensor operations; heads of a group are stacked, so that keys are not copied."
+    "Equation (1.02.5) in tensor operations; heads of a group are stacked, and no key is copied."
     (B, H, T, D), (_, K, S, _) = q.shape, k.shape
     scores = (q * D ** -0.5).reshape(B, K, H // K * T, D) @ k.transpose(-1, -2)
     scores = scores.view(B, H, T, S)
+    # not minus infinity: a row with nothing to look at would be 0/0
     if mask is not None: scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     return (scores.softmax(-1).to(v.dtype).view(B, K, H // K * T, S) @ v).view(B, H, T, D)
 
@@ -39,7 +41,7 @@ def _fused(q, k, v, mask, causal):
     "The same by PyTorch's kernel, which never writes the scores to memory."
     (B, H, T, D), K = q.shape, k.shape[1]
     if T == 1 and (mask is None or mask.dim() < 3 or mask.shape[-3] == 1):
-        q = q.reshape(B, K, H // K, D)  # the heads of a group become queries of one head
+        q = q.reshape(B, K, H // K, D)  # heads of a group become queries of one head: nothing is copied
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).reshape(B, H, 1, D)
     if H != K: k, v = k.repeat_interleave(H // K, 1), v.repeat_interleave(H // K, 1)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
@@ -54,11 +56,13 @@ def attention(
 ):                      # (B, H, T, D)
     "For each query the average of the values, weighted by its match with the keys: equation (1.02.5)."
     H, T, K, S = q.shape[1], q.shape[2], k.shape[1], k.shape[2]
-    if H % K: raise UserError(f"{H} query heads cannot share {K} key heads: {H} must be a multiple of {K}.")
+    if H % K:
+        raise UserError(f"{H} query heads cannot share {K} key heads: {H} must be a multiple of {K}.")
     if mask is None and S < T:
         raise UserError(f"{T} queries but {S} keys: without a mask, each query needs a key of its own.")
     if mask is not None and mask.dtype != torch.bool:
         raise UserError(f"the mask is {mask.dtype}; it must be bool, True = may look.")
+    # measured: in half precision on a CPU, the kernel's backward pass is slower than plain operations
     slow_backward = q.device.type == "cpu" and q.requires_grad and q.dtype in (torch.bfloat16, torch.float16)
     if fused is None: fused = not slow_backward
     square = mask is None and T == S and T > 1  # the one mask that the kernel need not be given
@@ -102,6 +106,7 @@ class KVCache:
         self.k[layer, :, :, self.length:end], self.v[layer, :, :, self.length:end] = k, v
         return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
 
+    # apart from `update`, because every layer of a step must write behind the same old tokens
     def advance(self, T: int):  # tokens that every layer has written
         "Count the tokens as seen: called once per step, after the last layer."
         self.length += T

@@ -11,33 +11,38 @@ import torch
 from ..basics import UserError, did_you_mean
 from .model import ModelConfig, Transformer
 
-# %% ../../nbs/1_transformer/08_huggingface.ipynb #11d57d1c
+# %% ../../nbs/1_transformer/08_huggingface.ipynb #6a969f24
 _llama = {
     "embed": "model.embed_tokens", "norm": "model.norm", "head": "lm_head", "blocks": "model.layers",
     "norm1": "input_layernorm", "norm2": "post_attention_layernorm", "attn.qkv[q]": "self_attn.q_proj",
     "attn.qkv[k]": "self_attn.k_proj", "attn.qkv[v]": "self_attn.v_proj", "attn.out": "self_attn.o_proj",
     "attn.q_norm": "self_attn.q_norm", "attn.k_norm": "self_attn.k_norm",
     "ffn.gate_up[gate]": "mlp.gate_proj", "ffn.gate_up[up]": "mlp.up_proj", "ffn.down": "mlp.down_proj"}
+
+# %% ../../nbs/1_transformer/08_huggingface.ipynb #2cd6f275
 _gpt2 = {
     "embed": "transformer.wte", "pos_embed": "transformer.wpe", "norm": "transformer.ln_f", "head": "lm_head",
     "blocks": "transformer.h", "norm1": "ln_1", "norm2": "ln_2", "attn.qkv[T]": "attn.c_attn",
     "attn.out[T]": "attn.c_proj", "ffn.up[T]": "mlp.c_fc", "ffn.down[T]": "mlp.c_proj"}
 _gpt1 = {**_gpt2, "embed": "transformer.tokens_embed", "pos_embed": "transformer.positions_embed"}
+
+# %% ../../nbs/1_transformer/08_huggingface.ipynb #3e8e680d
 _neox = {
     "embed": "gpt_neox.embed_in", "norm": "gpt_neox.final_layer_norm", "head": "embed_out",
     "blocks": "gpt_neox.layers", "norm1": "input_layernorm", "norm2": "post_attention_layernorm",
     "attn.qkv[heads]": "attention.query_key_value", "attn.out": "attention.dense",
     "ffn.up": "mlp.dense_h_to_4h", "ffn.down": "mlp.dense_4h_to_h"}
 
-# %% ../../nbs/1_transformer/08_huggingface.ipynb #50ea6c52
+# %% ../../nbs/1_transformer/08_huggingface.ipynb #3c8a4a10
 _sizes = dict(vocab_size="vocab_size", ctx="max_position_embeddings", d_model="hidden_size",
               d_ff="intermediate_size", n_layers="num_hidden_layers", n_heads="num_attention_heads",
               tied="tie_word_embeddings", init_std="initializer_range")
 _grouped = dict(_sizes, n_kv_heads="num_key_value_heads", head_dim="head_dim", norm_eps="rms_norm_eps")
-_silu = dict(hidden_act="silu")
 _unsaid = dict(tie_word_embeddings=False, initializer_range=0.02, rms_norm_eps=1e-6, num_key_value_heads=None,
                head_dim=None, attention_bias=False, sliding_window=4096)
+_silu = dict(hidden_act="silu")
 
+# %% ../../nbs/1_transformer/08_huggingface.ipynb #a829b7d7
 families = {
     "llama": dict(
         cls="LlamaForCausalLM", names=_llama, shape=dict(qk_norm=False), missing=_unsaid,
@@ -45,7 +50,10 @@ families = {
         fixed=dict(_silu, mlp_bias=lambda c: bool(c.get("attention_bias")))),
     "mistral": dict(
         cls="MistralForCausalLM", names=_llama, shape=dict(qk_norm=False), missing=_unsaid,
-        fields=dict(_grouped, window="sliding_window"), fixed=_silu),
+        fields=dict(_grouped, window="sliding_window"), fixed=_silu)}
+
+# %% ../../nbs/1_transformer/08_huggingface.ipynb #664a3f16
+families |= {
     "qwen2": dict(
         cls="Qwen2ForCausalLM", names=_llama, shape=dict(qk_norm=False, qkv_bias=True), missing=_unsaid,
         fields=_grouped, fixed=_silu),
@@ -53,31 +61,34 @@ families = {
         cls="Qwen3ForCausalLM", names=_llama, shape=dict(qk_norm=True), missing=dict(_unsaid, head_dim=128),
         fields=_grouped, fixed=dict(_silu, attention_bias=False))}
 
-# %% ../../nbs/1_transformer/08_huggingface.ipynb #3030d0cc
+# %% ../../nbs/1_transformer/08_huggingface.ipynb #ea07f67d
+_layer = dict(norm="layer", norm_bias=True, qk_norm=False)
+_unsaid_layer = dict(_unsaid, layer_norm_eps=1e-5, use_qkv_bias=False, partial_rotary_factor=0.25,
+                     hidden_act="gelu", use_parallel_residual=True, hidden_dropout=0.0)
+families["stablelm"] = dict(
+    cls="StableLmForCausalLM", names=_llama, shape=_layer, missing=_unsaid_layer,
+    fields=dict(_sizes, n_kv_heads="num_key_value_heads", norm_eps="layer_norm_eps", qkv_bias="use_qkv_bias"),
+    biased=("norm", "norm1", "norm2"), written=dict(hidden_dropout=0.0),
+    fixed=dict(_silu, qk_layernorm=False, use_parallel_residual=False))
+
+# %% ../../nbs/1_transformer/08_huggingface.ipynb #96b84763
 _acts = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh",
-         "relu": "relu", "relu2": "relu2", "silu": "silu", "swish": "silu"}  # theirs: ours
+         "relu": "relu", "relu2": "relu2", "silu": "silu", "swish": "silu"}   # theirs: ours
 _everything = ("norm", "norm1", "norm2", "attn.qkv", "attn.out", "ffn.up", "ffn.down")
+families["gpt_neox"] = dict(
+    cls="GPTNeoXForCausalLM", names=_neox, shape=dict(_layer, bias=True), missing=_unsaid_layer,
+    fields=dict(_sizes, norm_eps="layer_norm_eps", ffn="hidden_act", parallel="use_parallel_residual",
+                dropout="hidden_dropout"),
+    fixed=dict(attention_bias=True), biased=_everything, acts=_acts)
+
+# %% ../../nbs/1_transformer/08_huggingface.ipynb #2c363850
 _gpt_sizes = dict(vocab_size="vocab_size", ctx="n_positions", d_model="n_embd", n_layers="n_layer",
                   n_heads="n_head", tied="tie_word_embeddings", init_std="initializer_range",
                   norm_eps="layer_norm_epsilon", dropout="resid_pdrop")
-_layer = dict(norm="layer", norm_bias=True, qk_norm=False)
 _gpt = dict(_layer, bias=True, positions="learned")
 _unsaid_gpt = dict(tie_word_embeddings=True, initializer_range=0.02, layer_norm_epsilon=1e-5, resid_pdrop=0.1,
                    n_inner=None, activation_function="gelu_new", afn="gelu")
-_unsaid_layer = dict(_unsaid, layer_norm_eps=1e-5, use_qkv_bias=False, partial_rotary_factor=0.25,
-                     hidden_act="gelu", use_parallel_residual=True, hidden_dropout=0.0)
-
 families |= {
-    "stablelm": dict(
-        cls="StableLmForCausalLM", names=_llama, shape=_layer, missing=_unsaid_layer,
-        fields=dict(_sizes, n_kv_heads="num_key_value_heads", norm_eps="layer_norm_eps",
-                    qkv_bias="use_qkv_bias"), biased=("norm", "norm1", "norm2"),
-        fixed=dict(_silu, qk_layernorm=False, use_parallel_residual=False), written=dict(hidden_dropout=0.0)),
-    "gpt_neox": dict(
-        cls="GPTNeoXForCausalLM", names=_neox, shape=dict(_layer, bias=True), missing=_unsaid_layer,
-        fields=dict(_sizes, norm_eps="layer_norm_eps", ffn="hidden_act", parallel="use_parallel_residual",
-                    dropout="hidden_dropout"),
-        fixed=dict(attention_bias=True), biased=_everything, acts=_acts),
     "gpt2": dict(
         cls="GPT2LMHeadModel", names=_gpt2, shape=_gpt, missing=_unsaid_gpt, biased=_everything, acts=_acts,
         fields=dict(_gpt_sizes, d_ff="n_inner", ffn="activation_function"), written=dict(attn_pdrop=0.0),
@@ -87,20 +98,21 @@ families |= {
         fields=dict(_gpt_sizes, ffn="afn"), fixed={}, written=dict(attn_pdrop=0.0), biased=_everything,
         acts={"gelu": "gelu_tanh", "relu": "relu", "silu": "silu", "swish": "silu"})}
 
-# %% ../../nbs/1_transformer/08_huggingface.ipynb #a437c7e0
+# %% ../../nbs/1_transformer/08_huggingface.ipynb #4a703a9e
 def _cut(
-    p,    # a weight (rows, columns) or (rows,) or a bias (rows,) of ours
+    w,    # a weight (rows, columns) or (rows,) or a bias (rows,) of ours
     how,  # q, k, v, gate, up: these rows; T: turned; heads: interleaved; "": as it is
     c,    # ModelConfig
-):        # a view of p
+):        # a view of w
     "The part of our parameter that has a name of its own elsewhere."
     if how in ("q", "k", "v"):
-        return p.split([h * c.head_dim for h in (c.n_heads, c.n_kv_heads, c.n_kv_heads)])["qkv".index(how)]
-    if how in ("gate", "up"): return p.chunk(2)[how == "up"]
-    if how == "T": return p.t()
-    if how == "heads": return p.unflatten(0, (3, c.n_heads, c.head_dim)).transpose(0, 1)  # (1.08.3)
-    return p
+        return w.split([h * c.head_dim for h in (c.n_heads, c.n_kv_heads, c.n_kv_heads)])["qkv".index(how)]
+    if how in ("gate", "up"): return w.chunk(2)[how == "up"]
+    if how == "T": return w.t()
+    if how == "heads": return w.unflatten(0, (3, c.n_heads, c.head_dim)).transpose(0, 1)  # (1.08.3)
+    return w
 
+# %% ../../nbs/1_transformer/08_huggingface.ipynb #9f520fbb
 def _flat(
     name,  # theirs
     view,  # of ours
@@ -108,14 +120,14 @@ def _flat(
     "Interleaved heads are one axis in a file."
     return view if view.dim() < 3 else view.flatten(0, 2) if name.endswith("weight") else view.flatten()
 
-# %% ../../nbs/1_transformer/08_huggingface.ipynb #44e93e78
-_once = ("embed", "pos_embed", "norm", "head")  # the others stand in every block
+# %% ../../nbs/1_transformer/08_huggingface.ipynb #65e87559
+_once = ("embed", "pos_embed", "norm", "head")   # the others stand in every block
 
 def _named(
     model,  # Transformer
     kind,   # key of `families`
 ):          # two dicts, name -> view of our weights, and name -> zeros that stand for biases we do not have
-    "The one table of names, walked."
+    "Our parameters under the names of a family."
     c, f, params, views, zeros = model.cfg, families[kind], dict(model.named_parameters()), {}, {}
     def take(name, theirs, block=""):
         ours, _, how = name.rstrip("]").partition("[")
@@ -126,40 +138,47 @@ def _named(
             zeros[f"{theirs}.bias"] = _cut(w.new_zeros(len(w)), how, c)
     names = dict(f["names"])
     blocks, once = names.pop("blocks"), {n: names.pop(n) for n in _once if n in names}
-    for name, theirs in once.items(): take(name, theirs)
+    for name, theirs in once.items():
+        take(name, theirs)
     for i in range(c.n_layers):
-        for name, theirs in names.items(): take(name, f"{blocks}.{i}.{theirs}", f"blocks.{i}.")
+        for name, theirs in names.items():
+            take(name, f"{blocks}.{i}.{theirs}", f"blocks.{i}.")
     return views, zeros
 
-# %% ../../nbs/1_transformer/08_huggingface.ipynb #7158e6b2
+# %% ../../nbs/1_transformer/08_huggingface.ipynb #fd60a18e
 @torch.no_grad()
 def hf_views(
-    model,     # Transformer
-    kind=None  # key of `families`; None: the one that fits
-):             # dict: name in a Hugging Face state dict -> view of our weights
+    model,      # Transformer
+    kind=None,  # key of `families`; None: the one that fits
+):              # dict: name in a Hugging Face state dict -> view of our weights
     "Our weights under their names. Views, so that reading copies out of them and writing copies into them."
     return _named(model, kind or family(model.cfg))[0]
 
-# %% ../../nbs/1_transformer/08_huggingface.ipynb #3be9120d
+# %% ../../nbs/1_transformer/08_huggingface.ipynb #ac711a66
 def _scaling(
     rope,  # dict of rotary settings, or None
 ):         # the same as ModelConfig.rope_scaling
     "What is more than base and share."
     s = {k: v for k, v in (rope or {}).items() if v is not None}
-    for elsewhere in ("rope_theta", "partial_rotary_factor"): s.pop(elsewhere, None)
+    for elsewhere in ("rope_theta", "partial_rotary_factor"):
+        s.pop(elsewhere, None)
     old = s.pop("type", None)
     s["rope_type"] = s.get("rope_type") or old or "default"
-    if s["rope_type"] in ("dynamic", "linear"): s.pop("original_max_position_embeddings", None)  # not looked at
+    if s["rope_type"] in ("dynamic", "linear"):   # which do not look at it
+        s.pop("original_max_position_embeddings", None)
     return None if s["rope_type"] == "default" else s
 
+# %% ../../nbs/1_transformer/08_huggingface.ipynb #e831b7be
 def _write_rope(c, kind):
-    "Rotary settings in the spelling of version 5, then in that of version 4."
+    "Rotary settings of a ModelConfig in both spellings."
     rope = dict(_scaling(c.rope_scaling) or {"rope_type": "default"}, rope_theta=c.rope_base)
     old = dict(rope_theta=c.rope_base)
-    if kind in ("stablelm", "gpt_neox"): rope["partial_rotary_factor"] = old["partial_rotary_factor"] = c.rotary
+    if kind in ("stablelm", "gpt_neox"):
+        rope["partial_rotary_factor"] = old["partial_rotary_factor"] = c.rotary
     if kind == "gpt_neox": old |= dict(rotary_pct=c.rotary, rotary_emb_base=c.rope_base)
     return dict(old, rope_parameters=rope, **({"rope_scaling": rope} if _scaling(c.rope_scaling) else {}))
 
+# %% ../../nbs/1_transformer/08_huggingface.ipynb #48530720
 def _read_rope(c, f):
     "Our rotary fields from settings in either spelling."
     rope = {**(c.get("rope_scaling") or {}), **(c.get("rope_parameters") or {})}
@@ -170,7 +189,7 @@ def _read_rope(c, f):
                 rotary=first(f["missing"].get("partial_rotary_factor", 1.0),
                              "partial_rotary_factor", "rotary_pct"))
 
-# %% ../../nbs/1_transformer/08_huggingface.ipynb #23c9a83d
+# %% ../../nbs/1_transformer/08_huggingface.ipynb #40034688
 def _read_window(c, kind):
     "The window of Qwen's layers: UserError where some have one and some have not."
     L, wide = c.get("num_hidden_layers", 0), c.get("max_window_layers", 28)
@@ -182,20 +201,21 @@ def _read_window(c, kind):
         raise UserError(f"layer_types = {types!r} in a {kind} model is not supported: all layers must be alike")
     return c.get("sliding_window") if types[:1] == ["sliding_attention"] else None
 
+# %% ../../nbs/1_transformer/08_huggingface.ipynb #05724eb4
 def _write_window(c):
     "Qwen's settings for one window everywhere."
     if c.window is None: return dict(use_sliding_window=False)
     return dict(use_sliding_window=True, sliding_window=c.window, max_window_layers=0,
                 layer_types=["sliding_attention"] * c.n_layers)
 
-# %% ../../nbs/1_transformer/08_huggingface.ipynb #f7f74de6
+# %% ../../nbs/1_transformer/08_huggingface.ipynb #f9858027
 def _write(
     c,     # ModelConfig
     kind,  # key of `families`
 ):         # dict
     "The configuration as a class of transformers reads it; what it cannot hold is lost."
     f = families[kind]
-    names = {ours: theirs for theirs, ours in reversed(f.get("acts", {}).items())}
+    names = {ours: theirs for theirs, ours in reversed(f.get("acts", {}).items())}   # the first name
     out = dict(architectures=[f["cls"]], model_type=kind)
     for ours, theirs in f["fields"].items():
         v = getattr(c, ours)
@@ -203,24 +223,27 @@ def _write(
     if "resid_pdrop" in out: out["embd_pdrop"] = c.dropout
     if c.positions == "rope" and "positions" not in f["shape"]: out |= _write_rope(c, kind)
     if kind in ("qwen2", "qwen3"): out |= _write_window(c)
-    for theirs, v in f["fixed"].items(): out[theirs] = v(out) if callable(v) else v
+    for theirs, v in f["fixed"].items():
+        out[theirs] = v(out) if callable(v) else v
     usual = dict(use_cache=True, bos_token_id=None, eos_token_id=None, pad_token_id=None)
     return {**out, **f.get("written", dict(attention_dropout=0.0)), **usual}
 
-# %% ../../nbs/1_transformer/08_huggingface.ipynb #1b1d3dbd
+# %% ../../nbs/1_transformer/08_huggingface.ipynb #bc705550
 def _read(
-    c,    # dict, a configuration
-    kind  # its model_type, a key of `families`
-):        # dict: fields of ModelConfig
+    c,     # dict, a configuration
+    kind,  # its model_type, a key of `families`
+):         # dict: fields of ModelConfig
     "What a configuration of theirs says in our words."
     f = families[kind]
-    try: out = {our: c[their] if their in c else f["missing"][their] for our, their in f["fields"].items()}
-    except KeyError as e: raise UserError(f"the configuration has no field {e.args[0]!r}") from None
+    try:
+        out = {our: c[their] if their in c else f["missing"][their] for our, their in f["fields"].items()}
+    except KeyError as e:
+        raise UserError(f"the configuration has no field {e.args[0]!r}") from None
     if "ffn" in out: out["ffn"] = f["acts"].get(out["ffn"], out["ffn"])
     if kind in ("qwen2", "qwen3"): out["window"] = _read_window(c, kind)
     return {**out, **f["shape"], **(_read_rope(c, f) if "positions" not in f["shape"] else {})}
 
-# %% ../../nbs/1_transformer/08_huggingface.ipynb #68b0fb5d
+# %% ../../nbs/1_transformer/08_huggingface.ipynb #9550899f
 _idle = ("dropout", "init_std", "rope_base")     # training only; the base where nothing turns
 _fillable = ("bias", "qkv_bias", "norm_bias")
 
@@ -238,36 +261,36 @@ def _lost(
     harmless = {n for n in _idle if n != "rope_base" or cfg.positions != "rope"}
     if f.get("biased"): harmless |= {n for n in _fillable if lost.get(n) is False}
     bad = [n for n in lost if n not in harmless]
-    if "bias" in lost: lost["qkv_bias"] = cfg.qkv_bias  # would follow bias otherwise
+    if "bias" in lost: lost["qkv_bias"] = cfg.qkv_bias   # would follow bias otherwise
     return bad, lost
 
-# %% ../../nbs/1_transformer/08_huggingface.ipynb #87afa2d6
+# %% ../../nbs/1_transformer/08_huggingface.ipynb #090dbc6d
 def family(
-    cfg  # ModelConfig
-):       # key of `families`, the model_type of transformers
+    cfg,  # ModelConfig
+):        # key of `families`, the model_type of transformers
     "The class of transformers that computes the same function; UserError if there is none."
     bad = {kind: _lost(cfg, kind)[0] for kind in families}
-    kind = min(bad, key=lambda k: len(bad[k]))  # the first of those that fit best
+    kind = min(bad, key=lambda k: len(bad[k]))   # the first of those that fit best
     if not bad[kind]: return kind
     said = ", ".join(f"{n}={getattr(cfg, n)!r}" for n in bad[kind])
     raise UserError(f"no class of transformers computes this model; the nearest, {families[kind]['cls']}, "
                     f"has no {said}; change that, or others cannot open it")
 
-# %% ../../nbs/1_transformer/08_huggingface.ipynb #2804a0d3
+# %% ../../nbs/1_transformer/08_huggingface.ipynb #83497451
 @torch.no_grad()
 def to_hf(
-    model  # Transformer
-):         # (config dict, state dict) of the class that `family` names
+    model,  # Transformer
+):          # (config dict, state dict) of the class that `family` names
     "The model as Hugging Face's own classes name it. The tensors are copies."
     c, dtype = model.cfg, str(model.embed.weight.dtype).removeprefix("torch.")
     kind = family(c)
     config, hints = dict(_write(c, kind), dtype=dtype, torch_dtype=dtype), _lost(c, kind)[1]
     if hints: config["tiny_llm"] = {"config": hints}
     views, zeros = _named(model, kind)
-    copy = lambda view: view.clone(memory_format=torch.contiguous_format)
-    return config, {name: copy(_flat(name, v)) for name, v in {**views, **zeros}.items()}
+    flat = {name: _flat(name, v) for name, v in {**views, **zeros}.items()}
+    return config, {name: v.clone(memory_format=torch.contiguous_format) for name, v in flat.items()}
 
-# %% ../../nbs/1_transformer/08_huggingface.ipynb #95144122
+# %% ../../nbs/1_transformer/08_huggingface.ipynb #fc7102f5
 _derived = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias",
             ".attention.masked_bias")
 
@@ -283,9 +306,10 @@ def _renamed(
     if "lm_head.weight" in state: state[head] = state.pop("lm_head.weight")
     return state
 
+# %% ../../nbs/1_transformer/08_huggingface.ipynb #3fc2a1cb
 def _refuse(
-    c,    # dict, a configuration
-    kind  # its model_type
+    c,     # dict, a configuration
+    kind,  # its model_type
 ):
     "UserError that names the first setting that we cannot express."
     f = families[kind]
@@ -293,14 +317,15 @@ def _refuse(
     if "ffn" in f["fields"]: only[f["fields"]["ffn"]] = list(f["acts"])
     wrong = [(n, c[n]) for n, good in only.items() if c.get(n) is not None and c[n] not in good]
     if "positions" not in f["shape"] and "partial_rotary_factor" not in f["missing"]:
-        if (share := _read_rope(c, f)["rotary"]) != 1: wrong.append(("partial_rotary_factor", share))
-    for n, v in wrong: raise UserError(f"{n} = {v!r} in a {kind} model is not supported")
+        if (share := _read_rope(c, f)["rotary"]) != 1:
+            wrong.append(("partial_rotary_factor", share))
+    if wrong: raise UserError("{} = {!r} in a {} model is not supported".format(*wrong[0], kind))
 
-# %% ../../nbs/1_transformer/08_huggingface.ipynb #8ae624be
+# %% ../../nbs/1_transformer/08_huggingface.ipynb #61663830
 def from_hf_config(
-    config,   # dict (config.json) or a configuration of transformers
-    ctx=None  # longest sequence in tokens; None: that of the configuration
-):            # ModelConfig
+    config,    # dict (config.json) or a configuration of transformers
+    ctx=None,  # longest sequence in tokens; None: that of the configuration
+):             # ModelConfig
     "Reads the configuration of one of the `families`; UserError names the setting that we cannot express."
     c = config if isinstance(config, dict) else config.to_dict()
     kind = c.get("model_type")
@@ -312,7 +337,8 @@ def from_hf_config(
         ours, hints = _read(c, kind), (c.get("tiny_llm") or {}).get("config") or {}
         ours |= {n: hints[n] for n in _idle + _fillable if n in hints}
         scaling = ours.get("rope_scaling") or {}
-        if scaling.get("rope_type") == "dynamic": ctx = None  # its base depends on the trained length
+        if scaling.get("rope_type") == "dynamic":
+            ctx = None   # its base depends on the trained length
         elif scaling.get("rope_type") in ("yarn", "llama3") and (ctx or ours["ctx"]) != ours["ctx"]:
             ours["rope_scaling"] = {"original_max_position_embeddings": ours["ctx"], **scaling}
         return ModelConfig(**{**ours, "ctx": ctx or ours["ctx"]})
@@ -320,24 +346,25 @@ def from_hf_config(
     except (TypeError, ValueError, AttributeError, KeyError) as e:
         raise UserError(f"the configuration cannot be read ({e})") from None
 
-# %% ../../nbs/1_transformer/08_huggingface.ipynb #112ca637
+# %% ../../nbs/1_transformer/08_huggingface.ipynb #caea8075
 @torch.no_grad()
 def from_hf(
-    config,   # dict (config.json) or a configuration of transformers
-    state,    # dict: name -> tensor
-    ctx=None  # longest sequence in tokens; None: that of the configuration
-):            # Transformer, float32
+    config,    # dict (config.json) or a configuration of transformers
+    state,     # dict: name -> tensor
+    ctx=None,  # longest sequence in tokens; None: that of the configuration
+):             # Transformer, float32
     "Our model with their weights. UserError names what is missing, unknown or of the wrong shape."
     config = config if isinstance(config, dict) else config.to_dict()
     model, kind = Transformer(from_hf_config(config, ctx)), config["model_type"]
     f, c = families[kind], model.cfg
     state, (views, zeros) = _renamed(state, f), _named(model, kind)
-    if any(n in state and state[n].any() for n in zeros):  # others have trained what we had filled up
+    if any(n in state and state[n].any() for n in zeros):   # others have trained what we had filled up
         return from_hf({**config, "tiny_llm": None}, state, ctx)
     table, head = f"{f['names'].get('pos_embed')}.weight", f"{f['names']['head']}.weight"
     if table in state: state[table] = state[table][:c.ctx]
     every = {**views, **zeros}
-    unknown, lacking = [n for n in state if n not in every and n != head], [n for n in every if n not in state]
+    unknown, lacking = ([n for n in state if n not in every and n != head],
+                        [n for n in every if n not in state])
     for what, names in ("lacks", lacking), ("holds the unknown", unknown):
         more = f" and {len(names) - 1} more" if names[1:] else ""
         if names: raise UserError(f"the state dict {what} {names[0]}{more}")

@@ -33,13 +33,14 @@ def logsumexp(
     "The logarithm of the sum of exponentials, by the right half of (1.01.9)."
     return torch.logsumexp(x, dim)
 
-# %% ../../nbs/1_transformer/01_math.ipynb #692a8d72
+# %% ../../nbs/1_transformer/01_math.ipynb #59311d41
 def entropy(
     p,  # (..., V) probabilities
 ):      # (...) nats
     "The average code length of outcomes drawn from `p` under the best code for them."
     return torch.special.entr(p).sum(-1)
 
+# %% ../../nbs/1_transformer/01_math.ipynb #692a8d72
 def kl(
     p,  # (..., V) probabilities by which outcomes are drawn
     q,  # (..., V) probabilities that the code was made for
@@ -56,6 +57,7 @@ def cross_entropy(
 ):                          # mean over the weights, nats per token
     "Equation (1.01.18), computed in float32 whatever the type of the logits."
     V = logits.shape[-1]
+    # on a GPU the look would wait for all work before it; in a compiled model it would break the graph
     if validate and targets.device.type == "cpu" and targets.numel() and not torch.compiler.is_compiling():
         lo, hi = targets.aminmax()
         if lo < 0 or hi >= V:
@@ -65,16 +67,17 @@ def cross_entropy(
     if weights is None: return F.cross_entropy(logits, targets.reshape(-1))
     nats = F.cross_entropy(logits, targets.reshape(-1), reduction="none")
     weights = weights.reshape(-1).to(nats.dtype)
-    return (nats * weights).sum() / weights.sum().clamp_min(1e-8)
+    return (nats * weights).sum() / weights.sum().clamp_min(1e-8)  # all weights 0: the loss is 0, not nan
 
-# %% ../../nbs/1_transformer/01_math.ipynb #61334714
+# %% ../../nbs/1_transformer/01_math.ipynb #b8822312
 def perplexity(
     nats,  # mean loss, nats per token
 ) -> float:
     "The number of equally likely tokens that would be as hard to guess: equation (1.01.19)."
     nats = float(nats)
-    return math.exp(nats) if nats < 709 else math.inf
+    return math.exp(nats) if nats < 709 else math.inf   # 709: where float64 ends
 
+# %% ../../nbs/1_transformer/01_math.ipynb #61334714
 def bits_per_byte(
     nats,          # total code length of a text, nats (the sum over tokens, not their mean)
     n_bytes: int,  # its length in UTF-8 bytes
@@ -93,6 +96,7 @@ def softmax_xent_backward(
     "Predicted minus observed: equations (1.01.29) and (1.01.31)."
     V = logits.shape[-1]
     grad = softmax(logits) - smoothing / V
+    # subtract at the targets only: a one-hot copy of all targets would be as large as the logits
     grad.scatter_add_(-1, targets[..., None], torch.full_like(grad[..., :1], smoothing - 1))
     if weights is None: return grad / max(targets.numel(), 1)
     weights = weights.to(grad.dtype)
@@ -108,10 +112,10 @@ def softmax_backward(
 
 # %% ../../nbs/1_transformer/01_math.ipynb #c782f0f7
 def linear_backward(
-    x,   # (..., I) input
-    W,   # (O, I) weights
-    dy,  # (..., O) gradient of the loss by the output
-):       # gradients by x (..., I), W (O, I) and the bias (O,)
+    x,   # (..., inputs) input
+    W,   # (outputs, inputs) weights
+    dy,  # (..., outputs) gradient of the loss by the output
+):       # gradients by x (..., inputs), W (outputs, inputs) and the bias (outputs,)
     "Equation (1.01.36); all leading axes are summed for the weights."
     rows = dy.reshape(-1, W.shape[0])
     return dy @ W, rows.T @ x.reshape(-1, W.shape[1]), rows.sum(0)
@@ -126,10 +130,10 @@ def layernorm_backward(
     "Equation (1.01.41)."
     C = x.shape[-1]
     centred = x - x.mean(-1, keepdim=True)
-    s = (centred.square().mean(-1, keepdim=True) + eps).sqrt()
-    xhat, dxhat = centred / s, gain * dy
+    std = (centred.square().mean(-1, keepdim=True) + eps).sqrt()
+    xhat, dxhat = centred / std, gain * dy
     along = (dxhat * xhat).mean(-1, keepdim=True)
-    dx = (dxhat - dxhat.mean(-1, keepdim=True) - xhat * along) / s
+    dx = (dxhat - dxhat.mean(-1, keepdim=True) - xhat * along) / std
     return dx, (dy * xhat).reshape(-1, C).sum(0), dy.reshape(-1, C).sum(0)
 
 # %% ../../nbs/1_transformer/01_math.ipynb #4f9cdb37
@@ -140,7 +144,7 @@ def rmsnorm_backward(
     eps: float = 1e-6,   # as in the forward pass
 ):                       # gradients by x (..., C) and gain (C,)
     "Equation (1.01.44)."
-    r = (x.square().mean(-1, keepdim=True) + eps).sqrt()
-    xhat, dxhat = x / r, gain * dy
-    dx = (dxhat - xhat * (dxhat * xhat).mean(-1, keepdim=True)) / r
+    rms = (x.square().mean(-1, keepdim=True) + eps).sqrt()
+    xhat, dxhat = x / rms, gain * dy
+    dx = (dxhat - xhat * (dxhat * xhat).mean(-1, keepdim=True)) / rms
     return dx, (dy * xhat).reshape(-1, x.shape[-1]).sum(0)

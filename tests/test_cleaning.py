@@ -1,14 +1,14 @@
 """Cleaning at scale: 1 GB of generated text through `clean` and `tokenize` in a process whose memory is read, and inputs that no notebook holds.
 
-    pytest tests/test_clean.py                    # seconds
-    pytest tests/test_clean.py --slow             # 1 GB: minutes
-    TINY_LLM_GB=0.1 pytest tests/test_clean.py --slow -s -k gigabyte   # less, and see the progress
+    pytest tests/test_cleaning.py                    # seconds
+    pytest tests/test_cleaning.py --slow             # 1 GB: minutes
+    TINY_LLM_GB=0.1 pytest tests/test_cleaning.py --slow -s -k gigabyte   # less, and see the progress
 """
 import json, os, random, subprocess, sys
 
 import pytest
 
-from tiny_llm.text.cleaning import BLOCK, FILTERS, Report, clean, leak
+from tiny_llm.text.cleaning import BLOCK_CHARS, FILTERS, Report, clean, leak
 from tiny_llm.text.stories import stories
 
 GIGABYTE = r"""
@@ -101,7 +101,7 @@ def test_a_long_line_is_one_document():
     report = Report()
     assert list(clean([line, line, line[:-30] + " some other end of it all"], report=report, progress=False)) == [line]
     assert {k: n for k, (n, _) in report.dropped.items()} == {"exact duplicate": 1, "near duplicate": 1}
-    found = leak([line], [line[3 * BLOCK - 2000:3 * BLOCK + 2000], "not there at all, whatever anyone may look for"])
+    found = leak([line], [line[3 * BLOCK_CHARS - 2000:3 * BLOCK_CHARS + 2000], "not there at all, whatever anyone may look for"])
     assert found["characters"] == pytest.approx(4000 / 4046) and found["longest"][0]["characters"] == 4000
 
 
