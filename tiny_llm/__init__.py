@@ -29,6 +29,7 @@ _home = {name: module for module, names in {
     "training.folder":          "load save",
     "training.audit":           "audit",
     "training.optim":           "make_optimizer schedule",
+    "training.config":          "TrainConfig",
     "training.run":             "Run",
     "training.train":           "evaluate_loss plan train",
     "training.evaluate":        "gap_by_kind",
@@ -40,6 +41,7 @@ __all__ = sorted(_home)
 
 
 def __getattr__(name):
+    if name in ("transformer", "text", "training", "assistant", "deployment"): return import_module(f"tiny_llm.{name}")
     if name not in _home: raise AttributeError(f"module 'tiny_llm' has no attribute {name!r}")
     value = getattr(import_module(f"tiny_llm.{_home[name]}"), name)
     globals()[name] = value

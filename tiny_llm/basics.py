@@ -190,13 +190,15 @@ def _this_notebook(shell):
 
 def _joined(text): return text if isinstance(text, str) else "".join(text)   # notebook files hold lists of lines
 
-# %% ../nbs/01_basics.ipynb #d473a05d
+# %% ../nbs/01_basics.ipynb #c47d0a4f
 def stored_outputs(
     path,        # of a notebook
 ) -> dict:       # code of a slow cell: its outputs, as in the file
     "The outputs of the slow cells of a notebook file, without the line that says that they are stored."
-    try: cells = json.loads(Path(path).read_text(encoding="utf-8"))["cells"]
-    except (OSError, ValueError, KeyError): return {}
+    try: nb = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError): return {}
+    if "tiny_llm" not in nb.get("metadata", {}): return {}      # not a notebook of this course
+    cells = nb["cells"]
     slow = [c for c in cells if c["cell_type"] == "code" and slow_time(_joined(c["source"]))]
     return {_joined(c["source"]): [o for o in c["outputs"] if "stored" not in o.get("metadata", {})] for c in slow}
 
@@ -237,28 +239,33 @@ class _Bar:
         self.thread.join()
         self.bar.close()
 
-# %% ../nbs/01_basics.ipynb #ca9c86b2
+# %% ../nbs/01_basics.ipynb #9ae26a19
 def ask_first(
     shell,   # IPython's shell
 ):
     "Let the slow cells of the notebook that runs in `shell` show their stored result, unless SLOW is 1."
     path = _this_notebook(shell)
     stored = stored_outputs(path) if path else {}
+    if not stored or hasattr(shell, "_tiny_llm_bars"): return      # a notebook of somebody's own; or set up before
+    shell._tiny_llm_bars = bars = []
 
     def transform(lines):
-        code = "".join(lines)
-        if not (time := slow_time(code)): return lines
-        if os.environ.get("SLOW") == "1":
-            bars.append(_Bar(_seconds(time)))
-            return lines
-        key = code.rstrip("\n")
-        found = stored.get(key) or (stored_outputs(path) if path else {}).get(key) or []
-        shell.user_ns["_stored_result"] = partial(_show_again, found, time)
+        code = "".join(lines).rstrip("\n")
+        if not slow_time(code) or os.environ.get("SLOW") == "1": return lines
+        found = stored.get(code) or stored_outputs(path).get(code) or []
+        shell.user_ns["_stored_result"] = partial(_show_again, found, slow_time(code))
         return ["_stored_result()\n"]
 
-    bars = []
+    def start_bar(info):
+        time = slow_time(info.raw_cell or "")
+        if time and os.environ.get("SLOW") == "1": bars.append(_Bar(_seconds(time)))
+
+    def close_bar(result):
+        while bars: bars.pop().close()
+
     shell.input_transformers_cleanup.insert(0, transform)
-    shell.events.register("post_run_cell", lambda result: [bars.pop().close() for _ in list(bars)])
+    shell.events.register("pre_run_cell", start_bar)
+    shell.events.register("post_run_cell", close_bar)
 
 def _in_a_notebook():
     "IPython's shell, if this process is the kernel of a notebook."

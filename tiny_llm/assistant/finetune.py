@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['CONVERSATIONS', 'chat_tokens', 'finetune', 'asked_for', 'held_out_requests', 'grade_chat']
 
-# %% ../../nbs/4_assistant/02_finetune.ipynb #575744b0
+# %% ../../nbs/4_assistant/02_finetune.ipynb #daded07e
 import random, time
 from collections import Counter
+from pathlib import Path
 
 from fastcore.meta import delegates
 
@@ -15,6 +16,7 @@ from ..basics import UserError, note
 from ..text.batches import Tokens, tokenize
 from .generate import generate_batch, wilson
 from ..text.dialogues import SMALL_TALK, conversations as story_talk, fulfilled, wanted
+from ..training.run import past_run
 from ..training.train import train
 
 # %% ../../nbs/4_assistant/02_finetune.ipynb #aa525a28
@@ -36,7 +38,7 @@ def chat_tokens(
         raise UserError("no conversation has a reply by the assistant to learn from")
     return tokenize([*fit, *replay], tok)
 
-# %% ../../nbs/4_assistant/02_finetune.ipynb #4db3117c
+# %% ../../nbs/4_assistant/02_finetune.ipynb #6834998d
 CONVERSATIONS = 8_000   # of the embedded world, where no other number is given
 
 @delegates(train, but=["docs", "model", "tok"])
@@ -60,7 +62,8 @@ def finetune(
     if val is None:
         n = max(1, len(chats) // 20)
         val, chats = chats[:n], chats[n:]
-    ctx = ctx or (config and config.ctx) or model.cfg.ctx
+    past = past_run(Path(kwargs["out"]).expanduser(), True) if kwargs.get("resume") and kwargs.get("out") else None
+    ctx = ctx or (past and past[0].ctx) or (config and config.ctx) or model.cfg.ctx
     held = chat_tokens(list(val), tok, ctx) if val else False
     return train(model, tok, chat_tokens(chats, tok, ctx, replay), config, val=held, ctx=ctx, **kwargs)
 

@@ -45,7 +45,7 @@ def check_choice(
     raise UserError(f"{name} is {value!r}; choose one of {', '.join(CHOICES[name])}."
                     f"{did_you_mean(str(value), CHOICES[name])}")
 
-# %% ../../nbs/3_training/03_config.ipynb #58164d53
+# %% ../../nbs/3_training/03_config.ipynb #da489e85
 @dataclass(frozen=True)
 class TrainConfig:
     "Every setting of a training run. None: decided when the run begins."
@@ -66,7 +66,7 @@ class TrainConfig:
     warmup: float = 0.02        # share of the run in which the learning rate rises
     decay: str = "linear"       # how it falls: linear, cosine or constant
     clip: float = 1.0           # longest gradient let through; 0: any
-    seed: int = 0               # of the first weights, of the order of the data, and of the stories
+    seed: int = 0               # of the first weights and of the order of the data; in a command also of the stories
     dtype: str = None           # float32 or bfloat16; None: the faster one here, measured
     compile: bool = None        # torch.compile; None: where it can be done and the run takes over a minute
     log_every: int = None       # steps between two lines of metrics.jsonl; None: 10, fewer in a short run
@@ -98,11 +98,11 @@ def _check(name, kind, value):
     word = {str: "a text", bool: "true or false", dict: "the fields of a model's shape"}[kind]
     raise UserError(f"{name} is {value!r}; give {word}")
 
-# %% ../../nbs/3_training/03_config.ipynb #361dddc6
+# %% ../../nbs/3_training/03_config.ipynb #5297f057
 def changed(
-    config: TrainConfig,   # where to begin
-    where: str = "TrainConfig",   # who was given the settings, for the message
-    **given,               # settings by name
+    config: TrainConfig,         # where to begin
+    where: str = "TrainConfig",  # who was given the settings, for the message
+    /, **given,                  # settings by name
 ) -> TrainConfig:
     "The configuration with some settings changed; a new budget takes the place of the old one."
     known = [f.name for f in fields(TrainConfig)]
@@ -145,21 +145,23 @@ def _number(value):
     try: return float(value) if isinstance(value, str) else value
     except ValueError: return value
 
-# %% ../../nbs/3_training/03_config.ipynb #c8dfbcfe
+# %% ../../nbs/3_training/03_config.ipynb #4d192b39
 def split_record(
     found: dict,      # what a settings file or a run's config.json holds
     where="a file",   # its name, for messages
 ) -> tuple:           # (TrainConfig, record of the run: {} if there is none)
     "Settings and record of a run; unknown names and wrong values are errors that name the place."
     found = {str(name): value for name, value in found.items() if name != "sha256"}
+    for name in ("made", "settings"):
+        if not isinstance(found.get(name, {}), dict): raise UserError(f"{where}: {name} is {found[name]!r}; it should be a mapping")
     if "settings" in found: found = _from_old(found)
     record = found.pop("made", {})
     try: return changed(TrainConfig(), "the file", **found), record
     except UserError as e: raise UserError(f"{where}: {e}") from None
 
-# %% ../../nbs/3_training/03_config.ipynb #98f527ff
+# %% ../../nbs/3_training/03_config.ipynb #fc359cd7
 def _from_old(found):
-    settings, data = found["settings"], found.get("data", {})
+    settings, data = found["settings"], found.get("data") or {}
     known = {f.name for f in fields(TrainConfig)}
     given = {name: value for name, value in settings.items() if name in known and value is not None}
     record = {name: found[name] for name in ("tokenizer", "floor", "made_with") if name in found}

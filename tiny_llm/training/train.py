@@ -6,7 +6,7 @@
 __all__ = ['RATIO', 'loss_of', 'story_nats', 'evaluate_loss', 'glimpse', 'Training', 'train_and_val', 'run_steps', 'train',
            'Plan', 'time_steps', 'plan']
 
-# %% ../../nbs/3_training/05_train.ipynb #0f002b3b
+# %% ../../nbs/3_training/05_train.ipynb #9010dd23
 import io, json, math, shutil, sys, time, warnings
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -24,7 +24,7 @@ from ..text.large_corpora import LargeBatches
 from ..text.sources import documents
 from .optim import clip_gradients, make_optimizer, schedule
 from .folder import swap_in
-from .config import TrainConfig, changed, check_number, takes_settings, to_dict
+from .config import TrainConfig, changed, check_number, read_config, split_record, takes_settings, to_dict
 from .run import (Clock, Progress, Run, can_compile, compiled, disk_errors, past_run,
                                    read_checkpoint, read_metrics, resolved, resumed, stop_requests, sweep,
                                    write_checkpoint, write_sealed)
@@ -324,13 +324,16 @@ def record(self: Training,
                 tokens=ids.n_tokens, bytes=ids.n_bytes, held_out=0 if self.val is None else len(self.val),
                 sha256=ids.sha256(), made_with=made_with)
 
-# %% ../../nbs/3_training/05_train.ipynb #fe269945
+# %% ../../nbs/3_training/05_train.ipynb #4e65351a
 @patch
 def same_run(self: Training,
     made: dict,   # the record of the run in the folder
 ):
     "UserError unless tokenizer, model and text are those with which the run was begun."
     now, folder = self.record(None), self.folder
+    if not self.config.model or {"tokenizer", "sha256", "documents", "bytes"} - made.keys():
+        raise UserError(f"{folder}/config.json does not say what the run was made with, so it cannot go on; "
+                        f"a new run can begin with the model in {folder}/last")
     if now["tokenizer"] != made["tokenizer"]:
         raise UserError(f"the run in {folder} was started with another tokenizer; use the one in {folder}/last")
     here = asdict(self.model.cfg)
@@ -341,7 +344,7 @@ def same_run(self: Training,
         raise UserError(f"the text is not the one that the run in {folder} was started with "
                         f"({made['documents']:,} documents, {made['bytes']:,} bytes)")
 
-# %% ../../nbs/3_training/05_train.ipynb #1e272c28
+# %% ../../nbs/3_training/05_train.ipynb #7fd7fc28
 @patch
 def begin(self: Training,
     source,      # as in `record`
@@ -351,12 +354,12 @@ def begin(self: Training,
     def found():
         if self.folder: write_sealed(self.folder / "config.json", {**to_dict(self.config), "made": self.record(source)})
 
-    if made:
+    if made is not None:
         self.same_run(made)
         self.restore()
     else: found()
     self.prepare()
-    if not made: found()
+    if made is None: found()
 
 # %% ../../nbs/3_training/05_train.ipynb #ca48a4d5
 def run_steps(
@@ -430,10 +433,13 @@ def _png(fig):
     plt.close(fig)
     return png.getvalue()
 
-# %% ../../nbs/3_training/05_train.ipynb #3e764ecc
+# %% ../../nbs/3_training/05_train.ipynb #20344f1f
 def _settings(config, given, model, device, folder, resume):
     "(TrainConfig, record of the run that goes on, or None): of a new run or of the one in the folder."
     given = {name: value for name, value in given.items() if value is not None}
+    if isinstance(config, (str, Path)): config = split_record(read_config(config), config)[0]
+    if not isinstance(config, TrainConfig | None):
+        raise UserError(f"config is {config!r}; give a TrainConfig, or the path of a settings file")
     asked = changed(config or TrainConfig(), "train", **given)
     past = past_run(folder, resume)
     if not past: return resolved(asked, model, device), None
@@ -441,13 +447,13 @@ def _settings(config, given, model, device, folder, resume):
     names = {*given, *(n for n, v in to_dict(asked).items() if v != usual[n])} if config else given
     return resumed(past[0], {name: getattr(asked, name) for name in names}, folder), past[1]
 
-# %% ../../nbs/3_training/05_train.ipynb #0734c3f0
+# %% ../../nbs/3_training/05_train.ipynb #7a9c03ed
 @takes_settings()
 def train(
     model,                # Transformer; trained in place
     tok,                  # Tokenizer
     docs=None,            # documents (str, or (ids, weights) of chats), Tokens, or a source; None: that of the config
-    config=None,          # TrainConfig; None: its defaults
+    config=None,          # TrainConfig, or the path of a settings file; None: its defaults
     *, val=None,          # documents to evaluate on, Tokens, or a source; None: held out of `docs`; False: none
     out=None,             # run folder; None: nothing is written
     device="auto",        # "cpu", "cuda", "mps", "auto"
@@ -458,12 +464,15 @@ def train(
     **kwargs,             # settings of `TrainConfig`, instead of those in `config`
 ) -> Run:
     "Train a model within a budget; what it measures and saves is described by `Run`."
-    began, folder, device = time.perf_counter(), out and Path(out), pick_device(device)
+    began, folder, device = time.perf_counter(), out and Path(out).expanduser(), pick_device(device)
     if stop_at is not None: check_number("stop_at", stop_at)
     config, made = _settings(config, kwargs, model, device, folder, resume)
     source = docs if docs is not None else config.data or "stories"
     name = str(source) if isinstance(source, (str, Path)) else None
-    if name and not made: config = replace(config, data=name)
+    if name and made is None: config = replace(config, data=name)
+    if docs is None and (config.limit or config.column):
+        source = documents(name, "train", config.limit, column=config.column)
+        if val is None: val = documents(name, "val", config.limit and max(1, config.limit // 20), column=config.column)
     cap = min(65536, max(4096, int((config.minutes or 2) * 8_000)))       # an evaluation should take seconds
     tokens, held, least = train_and_val(source, val, tok, cap)
     clock = Clock(config.minutes, config.steps, began)
