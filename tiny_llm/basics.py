@@ -239,7 +239,7 @@ class _Bar:
         self.thread.join()
         self.bar.close()
 
-# %% ../nbs/01_basics.ipynb #9ae26a19
+# %% ../nbs/01_basics.ipynb #bf9b5792
 def ask_first(
     shell,   # IPython's shell
 ):
@@ -261,7 +261,8 @@ def ask_first(
         if time and os.environ.get("SLOW") == "1": bars.append(_Bar(_seconds(time)))
 
     def close_bar(result):
-        while bars: bars.pop().close()
+        while bars:
+            bars.pop().close()
 
     shell.input_transformers_cleanup.insert(0, transform)
     shell.events.register("pre_run_cell", start_bar)

@@ -45,11 +45,11 @@ def check_choice(
     raise UserError(f"{name} is {value!r}; choose one of {', '.join(CHOICES[name])}."
                     f"{did_you_mean(str(value), CHOICES[name])}")
 
-# %% ../../nbs/3_training/03_config.ipynb #da489e85
+# %% ../../nbs/3_training/03_config.ipynb #c41975d9
 @dataclass(frozen=True)
 class TrainConfig:
     "Every setting of a training run. None: decided when the run begins."
-    data: str = None            # the text: stories, python, a file or folder, a dataset name, a mixture; None: stories
+    data: str = None            # the text: stories, python, a file, folder, dataset or mixture; None: stories
     limit: int = None           # documents at most; None: all
     column: str = None          # column of the text in rows; None: the usual names
     vocab_size: int = 1024      # tokens in the vocabulary
@@ -145,7 +145,7 @@ def _number(value):
     try: return float(value) if isinstance(value, str) else value
     except ValueError: return value
 
-# %% ../../nbs/3_training/03_config.ipynb #4d192b39
+# %% ../../nbs/3_training/03_config.ipynb #a5ef9d82
 def split_record(
     found: dict,      # what a settings file or a run's config.json holds
     where="a file",   # its name, for messages
@@ -153,7 +153,8 @@ def split_record(
     "Settings and record of a run; unknown names and wrong values are errors that name the place."
     found = {str(name): value for name, value in found.items() if name != "sha256"}
     for name in ("made", "settings"):
-        if not isinstance(found.get(name, {}), dict): raise UserError(f"{where}: {name} is {found[name]!r}; it should be a mapping")
+        if not isinstance(found.get(name, {}), dict):
+            raise UserError(f"{where}: {name} is {found[name]!r}; it should be a mapping")
     if "settings" in found: found = _from_old(found)
     record = found.pop("made", {})
     try: return changed(TrainConfig(), "the file", **found), record

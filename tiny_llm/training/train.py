@@ -24,7 +24,8 @@ from ..text.large_corpora import LargeBatches
 from ..text.sources import documents
 from .optim import clip_gradients, make_optimizer, schedule
 from .folder import swap_in
-from .config import TrainConfig, changed, check_number, read_config, split_record, takes_settings, to_dict
+from .config import (TrainConfig, changed, check_number, read_config, split_record, takes_settings,
+                                      to_dict)
 from .run import (Clock, Progress, Run, can_compile, compiled, disk_errors, past_run,
                                    read_checkpoint, read_metrics, resolved, resumed, stop_requests, sweep,
                                    write_checkpoint, write_sealed)
