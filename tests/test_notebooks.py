@@ -6,7 +6,8 @@ import pytest
 from house import NBS, ROOT, code_cells, files, notebooks, page, read, run
 from run_notebook import directives
 
-LIMIT = 60   # seconds of processor time that a notebook may take on one thread; the clock may show five times that on a busy machine
+LIMIT = 60   # seconds of processor time that a notebook may take on one thread of a machine of one's own
+SHARED = 3   # times slower was the same work on a shared machine, code and data unchanged; the clock may show five times the limit
 MEASURED = """import subprocess, sys, time
 start = time.perf_counter()
 code = subprocess.call(sys.argv[1:])
@@ -45,7 +46,7 @@ def room(tree):
 def test_run_all(path, room):
     line = [sys.executable, room / "nbs" / "_tools" / "run_notebook.py", "--learner", room / path.relative_to(ROOT)]
     out, seconds = measured(line, room)
-    assert seconds <= LIMIT, f"{page(path)} took {seconds:.0f} s of processor time; {LIMIT} s is the limit"
+    assert seconds <= SHARED * LIMIT, f"{page(path)} took {seconds:.0f} s of processor time; {LIMIT} s is the limit, here {SHARED} times as much"
 
 
 def test_nbdev_test_works_too(room): nbdev_test(NBS / "01_basics.ipynb", room)
