@@ -401,7 +401,7 @@ class Progress:
     "A bar in a terminal or a notebook; elsewhere a line every ten seconds."
     def __init__(self, quiet=False):
         watched = sys.stderr.isatty() or "ipykernel" in sys.modules
-        form = dict(total=100, bar_format="{percentage:3.0f}%|{bar:20}| {desc}", leave=False)
+        form = dict(total=100, bar_format="{percentage:3.0f}%|{bar}| {desc}", leave=False)
         self.bar = tqdm(**form) if watched and not quiet else None
         self.quiet, self.last = quiet, time.perf_counter()
 
@@ -416,4 +416,6 @@ class Progress:
         self.bar.set_description_str(text)
 
     def close(self):
-        if self.bar is not None: self.bar.close()
+        if self.bar is None: return
+        self.bar.n = self.bar.total          # a bar that stops short of its end would stay, in red
+        self.bar.close()
