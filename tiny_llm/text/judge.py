@@ -202,6 +202,7 @@ class SurprisalReader(Reader):
 # %% ../../nbs/2_text/02_judge.ipynb #18d22fbc
 @patch
 def after_line(self: SurprisalReader, lines, weights, roles, begin):
+    "Price the words of the line that was just read, by the probabilities of all `lines` that could have stood there."
     ahead = [self.prefix_probabilities(line, roles, begin, len(self.said) == 1) for line in lines]
     before, start = 1.0, begin
     for end in sorted(c for c in {*self.cuts, self.at} if begin < c <= self.at):
