@@ -6,8 +6,15 @@ import pytest
 from house import NBS, ROOT, code_cells, files, notebooks, page, read, run
 from run_notebook import directives
 
-LIMIT = 60   # seconds of processor time that a notebook may take on one thread of a machine of one's own
-SHARED = 3   # times slower was the same work on a shared machine, code and data unchanged; the clock may show five times the limit
+LIMIT = 60     # seconds of processor time that a notebook may take on one thread
+USUAL = 6.1    # seconds of processor time that WORK takes on the machine on which LIMIT was chosen
+WORK = """import torch
+from tiny_llm.text.stories import stories
+torch.manual_seed(0)
+model = torch.nn.TransformerEncoderLayer(64, 4, 256, batch_first=True)
+for _ in range(500):
+    model(torch.randn(8, 64, 64)).square().mean().backward()
+stories(4000, seed=0)"""
 MEASURED = """import subprocess, sys, time
 start = time.perf_counter()
 code = subprocess.call(sys.argv[1:])
@@ -46,7 +53,9 @@ def room(tree):
 def test_run_all(path, room):
     line = [sys.executable, room / "nbs" / "_tools" / "run_notebook.py", "--learner", room / path.relative_to(ROOT)]
     out, seconds = measured(line, room)
-    assert seconds <= SHARED * LIMIT, f"{page(path)} took {seconds:.0f} s of processor time; {LIMIT} s is the limit, here {SHARED} times as much"
+    if seconds > LIMIT:      # is it the notebook that is slow, or the machine at this hour?
+        slower = measured([sys.executable, "-c", WORK], room)[1] / USUAL
+        assert seconds <= slower * LIMIT, f"{page(path)} took {seconds:.0f} s of processor time, on a machine {slower:.1f} times slower than usual; the limit is {LIMIT} s"
 
 
 def test_nbdev_test_works_too(room): nbdev_test(NBS / "01_basics.ipynb", room)
