@@ -38,6 +38,11 @@ def pytest_xdist_make_scheduler(config, log):
 
 
 def pytest_configure(config):
+    # property tests: the same 200 cases on every machine; with --slow or -m slow 10,000 others at each call
+    from hypothesis import HealthCheck, settings
+    settings.register_profile("default", max_examples=200, deadline=None, derandomize=True, database=None)
+    settings.register_profile("slow", max_examples=10_000, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    settings.load_profile("slow" if config.getoption("--slow") or config.option.markexpr == "slow" else "default")
     config.addinivalue_line("markers", "slow: takes minutes; left out unless --slow or -m is given")
     if not config.option.markexpr and not config.getoption("--slow"): config.option.markexpr = "not slow"
     if config.args_source is pytest.Config.ArgsSource.INVOCATION_DIR and config.invocation_params.dir == ROOT:
