@@ -9,7 +9,7 @@ __all__ = ['commands', 'FOLLOW', 'make_parser', 'parse_options', 'command', 'tel
            'run_folders', 'plot', 'info_rows', 'preset_rows', 'machine_rows', 'info']
 
 # %% ../../nbs/5_deployment/05_cli.ipynb #4a764f48
-import gc, io, json, os, re, sys, warnings
+import gc, io, json, os, re, signal, sys, time, warnings
 from argparse import SUPPRESS
 from contextlib import redirect_stderr, redirect_stdout, suppress
 from inspect import getdoc, signature
@@ -18,7 +18,7 @@ from pathlib import Path
 
 from fastcore.meta import delegates
 
-from ..basics import UserError, did_you_mean, note, pick_device, write_file
+from ..basics import UserError, did_you_mean, note, owned, pick_device, single_process, write_file
 from ..training.config import TrainConfig, changed, read_config, split_record, takes_settings, to_dict
 from .quickstart import QUICK, clock, finished, judged_rows, loss_rows, open_model, table, vocabulary
 
@@ -108,6 +108,7 @@ def dispatch(
         return print("tiny_llm", __version__)
     if word not in commands:
         raise UserError(f"there is no command {word!r}; tiny_llm --help lists them.{did_you_mean(word, commands)}")
+    single_process()
     f = commands[word]
     f(**parse_options(f, rest))
 
@@ -122,7 +123,7 @@ def main(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")       # what a person should know is printed as a note
         try: dispatch(sys.argv[1:] if argv is None else list(argv))
-        except UserError as e: return tell(e)
+        except UserError as e: return 2 if os.environ.get("RANK", "0") != "0" else tell(e)   # of many, the first speaks
         except KeyboardInterrupt as e: return tell(str(e) or "interrupted", 130)
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)             # or Python complains when it flushes at the end
@@ -133,6 +134,9 @@ def main(
             if isinstance(e, RuntimeError) and not full: raise
             return tell("there is not enough memory; a smaller --batch, --ctx or --preset needs less")
         except SystemExit as e: return e.code or 0                       # argparse, after --help
+        finally:
+            # nothing is left to stop: a Ctrl-C while Python shuts down would only show a traceback
+            if argv is None: signal.signal(signal.SIGINT, signal.SIG_IGN)
     return 0
 
 # %% ../../nbs/5_deployment/05_cli.ipynb #098f16fc
@@ -272,7 +276,7 @@ def _known_fields(model, where):
     for name in model:
         if name not in known: raise UserError(f"{where}: model has no field {name!r}.{did_you_mean(str(name), known)}")
 
-# %% ../../nbs/5_deployment/05_cli.ipynb #f6575ba9
+# %% ../../nbs/5_deployment/05_cli.ipynb #8f58fc74
 @command
 @takes_settings(but=["model", "betas"])
 def train(
@@ -283,20 +287,29 @@ def train(
     **kwargs,                  # settings of `TrainConfig`
 ):
     "Train a tokenizer and a model on a text."
+    from tiny_llm.training.run import past_run
+    from tiny_llm.transformer.model import preset as shape
+    began, (asked, made) = time.perf_counter(), settings_of(config, kwargs, "train")
+    out = Path(out).expanduser()
+    past_run(out, resume)                               # complain before the text is read
+    if asked.model: _known_fields(asked.model, config)
+    elif asked.preset: shape(asked.preset)
+    with owned(out if resume else None): run = _train(asked, made, config, kwargs, out, device, resume, began)
+    print(table(train_rows(finished(run, "the same line with --resume"))))
+    return run
+
+# %% ../../nbs/5_deployment/05_cli.ipynb #f6575ba9
+def _train(asked, made, config, given, out, device, resume, began):
     import torch
     from tiny_llm.training.run import FREE, past_run, resumed
     from tiny_llm.training.train import train as fit
-    from tiny_llm.transformer.model import ModelConfig, Transformer, preset as shape
-    asked, made = settings_of(config, kwargs, "train")
-    out = Path(out).expanduser()
+    from tiny_llm.transformer.model import ModelConfig, Transformer
     past, tok = past_run(out, resume), None
     if past:
         usual = to_dict(TrainConfig())
-        given = {*kwargs, *(n for n, v in to_dict(asked).items() if config is not None and v != usual[n])}
-        asked = resumed(past[0], {name: getattr(asked, name) for name in given}, out)
+        wishes = {*given, *(n for n, v in to_dict(asked).items() if config is not None and v != usual[n])}
+        asked = resumed(past[0], {name: getattr(asked, name) for name in wishes}, out)
         if (out / "last").exists(): tok = open_model(out / "last", "cpu")[1]
-    elif asked.model: _known_fields(asked.model, config)              # complain now, not after reading the text
-    elif asked.preset: shape(asked.preset)
     tok, tokens, val = read_text(asked, tok)
     tokens.require(asked.ctx or 32)
     if made.get("sha256") not in (None, tokens.sha256()):
@@ -304,10 +317,9 @@ def train(
     cfg, name = (ModelConfig(**asked.model), None) if past else shape_of(asked, device, len(tok))
     torch.manual_seed(asked.seed)
     settings = None if past else changed(asked, preset=name, data=asked.data or "stories")
-    again = {name: kwargs[name] for name in FREE if name in kwargs} if past else {}
-    run = fit(Transformer(cfg), tok, tokens, settings, val=val, out=out, device=device, resume=resume, **again)
-    print(table(train_rows(finished(run, "the same line with --resume"))))
-    return run
+    again = {name: given[name] for name in FREE if name in given} if past else {}
+    return fit(Transformer(cfg), tok, tokens, settings, val=val, out=out, device=device, resume=resume, began=began,
+               **again)
 
 # %% ../../nbs/5_deployment/05_cli.ipynb #ff04d8ea
 def sampling_options(
@@ -477,13 +489,9 @@ def plot(
     run: str = QUICK,   # run folder
 ):
     "Draw the curves of a run again, also while it goes on: plots.png."
-    import matplotlib.pyplot as plt
-    from tiny_llm.training.run import Run
+    from tiny_llm.training.run import Run, png_of
     for folder in run_folders(run):
-        png, fig = io.BytesIO(), Run(folder).plot()
-        fig.savefig(png, format="png")
-        plt.close(fig)
-        write_file(folder / "plots.png", png.getvalue())
+        write_file(folder / "plots.png", png_of(Run(folder).plot()))
         print(folder / "plots.png")
 
 # %% ../../nbs/5_deployment/05_cli.ipynb #98a4883c

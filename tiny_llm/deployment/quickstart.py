@@ -11,7 +11,7 @@ import json, time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..basics import UserError, note, read_json, write_file
+from ..basics import LOCKS, UserError, note, owned, read_json, write_file
 from ..training.config import TrainConfig, check_number
 
 # %% ../../nbs/5_deployment/04_quickstart.ipynb #ed588679
@@ -136,7 +136,7 @@ def begin(
     if past:
         raise UserError(f"{folder} already holds a quickstart; go on with it (--resume), "
                         "or choose another folder (--out)")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.exists() and (not folder.is_dir() or any(p.name not in LOCKS for p in folder.iterdir())):
         raise UserError(f"{folder} already exists and is not empty; choose another folder (--out)")
     given = {name: value for name, value in asked.items() if value is not None}
     asked = dict(minutes=4.0, seed=0, preset=preset) | given
@@ -206,16 +206,19 @@ def judge(
     from tiny_llm.text.stories import stories
     from tiny_llm.training.train import evaluate_loss
     n, held = recipe.judged, stories(recipe.held_out, split="val")
-    note(f"3 of 3: judging {n} stories and {n} replies")
+    note("3 of 3: judging: the loss on held-out stories")
     (base, tok), (model, _) = open_model(told.folder, device), open_model(tuned.folder, device)
     text = stream(model, tok, "", max_tokens=200, temperature=1.0, seed=0)
     "".join(text)                                          # one text, for its speed
     first, second = told.summary, tuned.summary
+    measured = dict(val=evaluate_loss(model, tok, held), val_before_chat=evaluate_loss(base, tok, held))
+    note(f"3 of 3: judging: {n} stories of its own")       # on a busy machine each of these takes minutes
+    measured["stories"] = grade_stories(model, tok, n=n)
+    note(f"3 of 3: judging: {n} replies")
+    measured["chat"] = grade_chat(model, tok, n=n)
     return dict(parameters=first["params"], tokens=dict(stories=first["tokens"], chat=second["tokens"]),
                 tokens_per_s=first["tokens_per_s"], training_seconds=first["seconds"] + second["seconds"],
-                val=evaluate_loss(model, tok, held), val_before_chat=evaluate_loss(base, tok, held),
-                stories=grade_stories(model, tok, n=n), chat=grade_chat(model, tok, n=n),
-                generation_tokens_per_s=text.tokens_per_second)
+                generation_tokens_per_s=text.tokens_per_second, **measured)
 
 # %% ../../nbs/5_deployment/04_quickstart.ipynb #c7df7f87
 def judged_rows(
@@ -268,12 +271,14 @@ def quickstart(
     if seed is not None: check_number("seed", seed)
     if preset: shape(preset)
     pick_device(device)
-    q = begin(folder, dict(minutes=minutes, seed=seed, preset=preset), resume, recipe.stories.preset)
-    told, tuned = train_both(folder, q, device, recipe)
-    s = judge(told, tuned, device, recipe) | dict(folder=str(folder), wall_seconds=time.perf_counter() - start)
-    card = report_card(s)
-    about = f"# A model made by tiny_llm quickstart\n\n```\n{card}\n```\n"
-    save(*open_model(tuned.folder, "cpu"), folder / "model", card=about)
-    write_file(folder / "summary.json", json.dumps(s, indent=1))
+    asked = folder, dict(minutes=minutes, seed=seed, preset=preset), resume, recipe.stories.preset
+    if resume and not folder.exists(): begin(*asked)          # complains before the folder is made
+    with owned(folder):
+        told, tuned = train_both(folder, begin(*asked), device, recipe)
+        s = judge(told, tuned, device, recipe) | dict(folder=str(folder), wall_seconds=time.perf_counter() - start)
+        card = report_card(s)
+        about = f"# A model made by tiny_llm quickstart\n\n```\n{card}\n```\n"
+        save(*open_model(tuned.folder, "cpu"), folder / "model", card=about)
+        write_file(folder / "summary.json", json.dumps(s, indent=1))
     print("\n" + card + "\n", flush=True)
     return s

@@ -68,7 +68,8 @@ class TrainConfig:
     clip: float = 1.0           # longest gradient let through; 0: any
     seed: int = 0               # of the first weights and of the order of the data; in a command also of the stories
     dtype: str = None           # float32 or bfloat16; None: the faster one here, measured
-    compile: bool = None        # torch.compile; None: where it can be done and the run takes over a minute
+    compile: bool = None        # torch.compile; None: where it can be done and pays, in a run of several minutes
+    threads: int = None         # of the processor; None: torch's own number, with minutes the best one, measured
     log_every: int = None       # steps between two lines of metrics.jsonl; None: 10, fewer in a short run
     eval_every: int = None      # steps between two evaluations, each with a save; None: ten in a run
     save_every: int = None      # steps between two saves; None: at evaluations, and every minute
