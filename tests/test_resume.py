@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from house import environment
 from tiny_llm.basics import UserError
 from tiny_llm.training.folder import load
 from tiny_llm.transformer.model import Transformer, preset
@@ -100,7 +101,7 @@ def test_kill_minus_nine_at_random_moments(tmp_path):
     killed, _ = load(folder/"last")
     whole = go(steps=60, batch=2, dtype="float32")
     assert all(torch.equal(a, b) for a, b in zip(weights(whole), killed.parameters()))
-    assert sorted(p.name for p in folder.iterdir()) == ["best", "config.json", "last", "metrics.jsonl", "plots.png", "summary.json"]
+    assert sorted(p.name for p in folder.iterdir()) == [".lock", "best", "config.json", "last", "metrics.jsonl", "plots.png", "summary.json"]
 
 
 @pytest.fixture
@@ -135,3 +136,57 @@ def test_a_run_in_minutes_ends_on_time_and_resumes(tmp_path):
     lr = [r["lr"] for r in run.metrics if "lr" in r]
     assert run.summary["stopped"] == "finished" and lr[-1] < 0.1 * max(lr)
     assert json.loads((tmp_path/"run"/"config.json").read_text())["minutes"] == 0.6
+
+
+def test_a_run_in_steps_does_not_depend_on_how_busy_the_machine_is(tmp_path):
+    "The same line twice, the second time beside two busy loops and with nothing measured before: the same settings, the same weights."
+    line = [sys.executable, "-m", "tiny_llm", "train", "--data", "stories", "--limit", "200", "--vocab_size", "300", "--preset", "tiny", "--ctx", "64",
+            "--batch", "4", "--steps", "12", "--seed", "3"]
+    def trained(name):
+        env = environment(PYTHONPATH=str(ROOT), XDG_CACHE_HOME=str(tmp_path/f"cache_{name}"))
+        p = subprocess.run([*line, "--out", name], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+        assert p.returncode == 0, p.stderr
+        made = json.loads((tmp_path/name/"config.json").read_text())
+        return [made[k] for k in ("dtype", "compile", "batch", "threads")], load(tmp_path/name/"last", "cpu")[0].state_dict()
+    settings, quiet = trained("quiet")
+    loops = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2)]
+    try: same, busy = trained("busy")
+    finally:
+        for p in loops: p.kill()
+    assert same == settings and all(torch.equal(busy[k], w) for k, w in quiet.items())
+
+
+def test_a_second_stop_says_what_is_kept(tmp_path, monkeypatch):
+    "Ctrl-C between two steps is obeyed, a second one during the save too; the run goes on from the checkpoint before."
+    from tiny_llm.training import train as trainer
+    step, write = trainer.Training.advance, trainer.write_checkpoint
+    def pressed_once(t, share):
+        if t.step == 4: signal.raise_signal(signal.SIGINT)
+        return step(t, share)
+    def pressed_again(folder, model, tok, opt, state, card=None):
+        if state["step"] == 5: signal.raise_signal(signal.SIGINT)
+        return write(folder, model, tok, opt, state, card)
+    settings = dict(steps=9, batch=2, dtype="float32", save_every=3, eval_every=3)
+    with monkeypatch.context() as m:
+        m.setattr(trainer.Training, "advance", pressed_once)
+        m.setattr(trainer, "write_checkpoint", pressed_again)
+        with pytest.raises(KeyboardInterrupt, match="last holds step 3, and resume goes on from there"): go(tmp_path/"run", **settings)
+    rest = go(tmp_path/"run", resume=True)
+    assert rest.summary["step"] == 9 and all(torch.equal(a, b) for a, b in zip(weights(rest), weights(go(**settings))))
+
+
+def test_what_is_no_number_is_not_saved(tmp_path, monkeypatch):
+    from tiny_llm.training import train as trainer
+    model, tok, docs = parts()
+    with torch.no_grad(): next(model.parameters())[0, 0] = float("nan")
+    with pytest.raises(UserError, match="NaN or infinite"): train(model, tok, docs, val=docs[:2], steps=3, out=tmp_path/"nan", quiet=True)
+    assert not (tmp_path/"nan"/"best").exists() and not (tmp_path/"nan"/"last").exists()
+    step = trainer.Training.advance
+    def spoils(t, share):
+        loss = step(t, share)
+        if t.step == 5:
+            with torch.no_grad(): next(t.model.parameters())[0, 0] = float("inf")
+        return loss
+    monkeypatch.setattr(trainer.Training, "advance", spoils)
+    with pytest.raises(UserError, match="step 5: .*not saved|NaN or infinite"): go(tmp_path/"inf", steps=9, batch=2, save_every=1)
+    assert json.loads((tmp_path/"inf/last/state/state.json").read_text())["step"] == 4

@@ -542,10 +542,14 @@ def machine_rows() -> list:   # rows for `table`
     "This machine, and all presets."
     import platform, torch
     from tiny_llm import __version__
+    from tiny_llm.training.run import fast_dtype, machine_file, product_seconds
     from tiny_llm.transformer.model import preset, presets
     from tiny_llm.transformer.sizes import claims, count_params
+    rate = {name: 2 * 1024 * 256 * 1024 / s / 1e9 for name, s in product_seconds().items()}
     rows = [("tiny_llm", __version__), ("python", platform.python_version()), ("torch", torch.__version__),
-            ("device", f"{pick_device()}, {torch.get_num_threads()} threads"), ("presets", "")]
+            ("device", f"{pick_device()}, {torch.get_num_threads()} threads"),
+            ("products", ", ".join(f"{name} {r:,.0f} GFLOP/s" for name, r in rate.items())),
+            ("  measured once", f"and kept in {machine_file()}; trains in {str(fast_dtype('cpu'))[6:]}"), ("presets", "")]
     for name in presets:
         claimed = f", claimed {claims[name]:,.0f}" if name in claims else ""
         rows.append((f"  {name}", f"{sum(count_params(preset(name)).values()):>13,} parameters{claimed}"))

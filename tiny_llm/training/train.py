@@ -108,6 +108,7 @@ def glimpse(
     ids = [tok.bos if tok.bos is not None else tok.eos, *tok.encode(prompt)]
     for _ in range(n):
         logits = model(torch.tensor([ids[-model.cfg.ctx:]], device=model.device))[0, -1, :len(tok)].float().cpu()
+        if not logits.isfinite().all(): raise UserError("weights of this model are NaN or infinite; it can say nothing")
         ids.append(torch.multinomial(softmax(logits, temperature), 1, generator=gen).item())
         if ids[-1] == tok.eos: break
     return tok.decode(ids[1:], special=False)
