@@ -287,9 +287,10 @@ def train(
     **kwargs,                  # settings of `TrainConfig`
 ):
     "Train a tokenizer and a model on a text."
+    began = time.perf_counter()                         # loading PyTorch belongs to the minutes
     from tiny_llm.training.run import past_run
     from tiny_llm.transformer.model import preset as shape
-    began, (asked, made) = time.perf_counter(), settings_of(config, kwargs, "train")
+    asked, made = settings_of(config, kwargs, "train")
     out = Path(out).expanduser()
     past_run(out, resume)                               # complain before the text is read
     if asked.model: _known_fields(asked.model, config)

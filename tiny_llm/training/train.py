@@ -378,8 +378,8 @@ def review(self: Training) -> str:
     budget, spent = self.clock.budget, self.clock.seconds
     if not budget: return ""
     if spent > 1.1 * budget + 1:
-        return (f"{budget / 60:.3g} minutes became {spent / 60:.3g}: a step, the last evaluation and the last save "
-                f"took longer than the {self.clock.reserve:.1f} s kept back for them")
+        return (f"{budget / 60:.3g} minutes became {spent / 60:.3g}: {self.clock.lost:.0f} s went by before the first step, "
+                f"and what comes after the last one took longer than the {self.clock.reserve:.1f} s kept back for it")
     return f"only {self.step} steps; give more minutes" if self.step < FEW else ""
 
 # %% ../../nbs/3_training/05_train.ipynb #6b7aa4e5
