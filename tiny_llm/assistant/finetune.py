@@ -36,7 +36,8 @@ def _text(content, where):
     if isinstance(content, (int, float)) and not isinstance(content, bool): return json.dumps(content)
     if isinstance(content, list):
         parts = [part if isinstance(part, dict) else dict(text=part) for part in content]
-        other = next((p for p in parts if p.get("type", "text") != "text" or not isinstance(p.get("text"), str)), None)
+        def spoken(p): return p.get("type", "text") == "text" and isinstance(p.get("text"), str)
+        other = next((p for p in parts if not spoken(p)), None)
         if other is None: return "".join(p["text"] for p in parts)
         content = f"a part of type {other.get('type', 'unknown')!r}"
     raise UserError(f"{where} is no conversation: a message says {content!s:.60}, which is not text")
@@ -48,13 +49,16 @@ def _message(m, n, where):
     who = next((k for k in ("role", "from") if k in m), None)
     what = next((k for k in ("content", "value", "text") if k in m), None)
     if not (who and what):
-        raise UserError(f"{where} is no conversation: message {n} has {', '.join(map(str, m)) or 'nothing'}; missing is "
-                        f"{'its content' if who else 'its role'}")
+        raise UserError(f"{where} is no conversation: message {n} has {', '.join(map(str, m)) or 'nothing'}; "
+                        f"missing is {'its content' if who else 'its role'}")
     if (role := ROLES.get(str(m[who]).lower())) is None:
-        raise UserError(f"{where} is no conversation: the role of message {n} is {m[who]!r}; known are {', '.join(ROLES)}")
+        raise UserError(f"{where} is no conversation: the role of message {n} is {m[who]!r}; known are "
+                        f"{', '.join(ROLES)}")
     return dict(role=role, content=_text(m[what], where))
 
 # %% ../../nbs/4_assistant/02_finetune.ipynb #b14b2c6f
+_WAYS = "messages (a list of role and content), or instruction and response"
+
 def _turns(value):
     "The messages in one cell of a row: a list, a dict of columns, or JSON in a table; None: it holds none."
     if isinstance(value, str) and value.lstrip()[:1] == "[":
@@ -62,8 +66,9 @@ def _turns(value):
         except ValueError: return None
     if isinstance(value, dict) and value and all(isinstance(v, list) for v in value.values()):
         value = [dict(zip(value, turn)) for turn in zip(*value.values())]
-    whole = isinstance(value, list) and not any(isinstance(m, dict) and "type" in m and not m.keys() & {"role", "from"} for m in value)
-    return value if whole else None
+    if not isinstance(value, list): return None
+    parts = any(isinstance(m, dict) and "type" in m and not m.keys() & {"role", "from"} for m in value)
+    return None if parts else value               # the parts of one message
 
 def as_messages(
     row,     # a dict, such as a line of a JSONL file; or a list of messages
@@ -72,19 +77,18 @@ def as_messages(
     "A conversation out of one row: messages, instruction and response, or prompt and completion."
     if isinstance(row, list): row = dict(messages=row)
     if not isinstance(row, dict):
-        raise UserError(f"{where} is no conversation: it is {row!r:.40}; a row holds messages (a list of role and content), "
-                        "or instruction and response")
+        raise UserError(f"{where} is no conversation: it is {row!r:.40}; a row holds {_WAYS}")
     def first(names): return next((k for k in names if row.get(k)), next((k for k in names if k in row), None))
     said = next((turns for k in TALKS if (turns := _turns(row.get(k))) is not None), None)
     if said is None:
         ask, reply = first(ASKS), first(REPLIES)
         if not (ask and reply):
-            missing = ["messages (a list of role and content), or instruction and response"]
-            if ask: missing = [f"a reply ({', '.join(REPLIES)})"]
-            elif reply: missing = [f"what is asked ({', '.join(ASKS)})"]
-            raise UserError(f"{where} is no conversation: it has {', '.join(map(str, row)) or 'nothing'}; missing is {missing[0]}")
-        more = next((row[k] for k in ("input", "context") if k != ask and row.get(k)), None)
-        said = _turns(row[ask]) or [dict(role="user", content=_text(row[ask], where) + (f"\n\n{_text(more, where)}" if more else ""))]
+            missing = f"a reply ({', '.join(REPLIES)})" if ask else f"what is asked ({', '.join(ASKS)})"
+            raise UserError(f"{where} is no conversation: it has {', '.join(map(str, row)) or 'nothing'}; "
+                            f"missing is {missing if ask or reply else _WAYS}")
+        more = next((row[k] for k in ("input", "context") if k != ask and row.get(k)), "")
+        said = _turns(row[ask]) or [dict(role="user", content=_text(row[ask], where))]
+        if more: said = [*said[:-1], {**said[-1], "content": f"{said[-1]['content']}\n\n{_text(more, where)}"}]
         said = said + (_turns(row[reply]) or [dict(role="assistant", content=row[reply])])
     found = [_message(m, n, where) for n, m in enumerate(said, 1)]
     if row.get("system") and not (found and found[0]["role"] == "system"):
@@ -126,7 +130,10 @@ def read_conversations(
 # %% ../../nbs/4_assistant/02_finetune.ipynb #aa525a28
 def _fitting(chats, tok, ctx):
     "(ids, weights) of the conversations that have at most `ctx` tokens."
-    pairs = [tok.chat(c) for c in chats]
+    pairs = []
+    for n, c in enumerate(chats, 1):
+        try: pairs.append(tok.chat(c))
+        except UserError as e: raise UserError(f"conversation {n}: {e}") from None
     fit = [p for p in pairs if len(p[0]) <= ctx]
     if not fit:
         raise UserError(f"none of the {len(pairs)} conversations fits into {ctx} tokens; "
@@ -188,7 +195,7 @@ def finetune(
     if val is None and named: val = read_conversations(conversations, "val", limit and max(1, limit // 20), seed)
     elif val: val = (isinstance(val, (str, Path)) and read_conversations(val, "val")) or read_conversations(val)
     if len(chats) < (2 if val is None else 1):
-        raise UserError(f"{len(chats)} conversations are too few; give at least 2, one to learn from and one held out")
+        raise UserError(f"{len(chats)} conversations are too few; give at least 2, one of them to hold out")
     pairs, held = _fitting(chats, tok, ctx), _fitting(val, tok, ctx) if val else []
     if val is None:
         pairs, held = hold_out(pairs, seed)

@@ -342,7 +342,7 @@ def csv_rows(
     "Rows of a .csv or .tsv file with a header."
     csv.field_size_limit(2 ** 31 - 1)             # Python's own limit is 131,072 characters
     lines, before, given, head = lines_of(pieces), 0, None, []
-    for line in lines:
+    for line in lines:                            # Excel begins with a line sep=;
         if not line.strip() or (given := given or re.fullmatch(r"sep=(.)", line)): before += 1
         else: head = [line + "\n"]
         if head or given: break
@@ -356,8 +356,8 @@ def csv_rows(
         n = before + reader.line_num
         for row in reader:
             if any(row[len(names):]):
-                raise UserError(f"{path} has {len(names)} columns, but {len(row)} fields in the row that begins in line "
-                                f"{n + 1}; a text that holds {DELIMITERS.get(mark, repr(mark))} stands in quotes")
+                raise UserError(f"{path} has {len(names)} columns, but {len(row)} fields in the row that begins in "
+                                f"line {n + 1}; a text that holds {DELIMITERS.get(mark, repr(mark))} stands in quotes")
             if row: yield dict(zip(names, row + [None] * (len(names) - len(row))))
             n = before + reader.line_num
     except csv.Error as e:
