@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['commands', 'FOLLOW', 'make_parser', 'parse_options', 'command', 'tell', 'overview', 'dispatch', 'main', 'try_line',
-           'colourful', 'line_reader', 'quickstart', 'data', 'train_rows', 'settings_of', 'read_text', 'shape_of',
-           'train', 'sampling_options', 'generate', 'chat', 'as_messages', 'read_conversations', 'finetune', 'eval_',
-           'run_folders', 'plot', 'info_rows', 'preset_rows', 'machine_rows', 'info']
+           'colourful', 'line_reader', 'quickstart', 'check_out', 'data', 'train_rows', 'settings_of', 'read_text',
+           'shape_of', 'train', 'sampling_options', 'generate', 'chat', 'finetune', 'eval_', 'run_folders', 'plot',
+           'info_rows', 'preset_rows', 'machine_rows', 'info']
 
 # %% ../../nbs/5_deployment/05_cli.ipynb #4a764f48
 import gc, io, json, os, re, signal, sys, time, warnings
@@ -189,6 +189,17 @@ def quickstart(
     if sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty():
         chat(str(Path(out) / "model"), device=device)
 
+# %% ../../nbs/5_deployment/05_cli.ipynb #2b5a425a
+def check_out(
+    path,   # of a file that is to be written later
+):
+    "Complain now, not after the work, about a file that could not be written then."
+    if os.path.lexists(path): raise UserError(f"{path} exists and is left as it is; name another file with --out")
+    there = next(p for p in path.parents if os.path.lexists(p))
+    trouble = "is no folder" if not there.is_dir() else "permits no new file"
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"{path} cannot be written: {there} {trouble}")
+
 # %% ../../nbs/5_deployment/05_cli.ipynb #bc12a5d6
 @command
 def data(
@@ -201,9 +212,9 @@ def data(
 ):
     "Look at a text before training on it: size, duplicates, suspects, leaks."
     from tiny_llm.text.cleaning import data_card
-    if out and Path(out).exists(): raise UserError(f"{out} exists and is left as it is; name another file with --out")
+    if out: check_out(Path(out).expanduser())
     card = data_card(data, tok=open_model(model, "cpu")[1] if model else None, seed=seed, limit=limit, column=column)
-    if out: write_file(out, json.dumps(card.to_dict(), indent=1, ensure_ascii=False) + "\n")
+    if out: write_file(Path(out).expanduser(), json.dumps(card.to_dict(), indent=1, ensure_ascii=False) + "\n")
     print(card)
 
 # %% ../../nbs/5_deployment/05_cli.ipynb #52ce52af
@@ -241,13 +252,13 @@ def settings_of(
 def read_text(
     config: TrainConfig,
     tok,             # Tokenizer of the run that is resumed; None: one is trained
-) -> tuple:          # (Tokenizer, Tokens to train on, documents held out)
+) -> tuple:          # (Tokenizer, Tokens to train on, documents held out or False)
     "What `train` needs to know of its text."
     from tiny_llm.text.batches import tokenize
-    from tiny_llm.text.sources import documents
+    from tiny_llm.text.sources import documents, held_out
     data, limit, how = config.data or "stories", config.limit, (config.seed, config.column)
     docs = documents(data, "train", limit, *how)
-    val = documents(data, "val", limit and max(1, limit // 20), *how)
+    val = held_out(data, limit and max(1, limit // 20), *how) or False      # False: too little text, no loss
     tok = tok or vocabulary(docs, config.vocab_size)
     tokens = tokenize(docs, tok)
     note(f"{data}: {len(docs):,} documents, {tokens.n_bytes:,} bytes, {tokens.n_tokens:,} tokens of {len(tok):,}")
@@ -370,52 +381,6 @@ def chat(
     session = ChatSession(*open_model(model, device), system=system, temperature=temperature, **kwargs)
     talk(session, read=line_reader(), colour=colourful())
 
-# %% ../../nbs/5_deployment/05_cli.ipynb #cf6c3654
-def as_messages(
-    row,     # a dict, such as a line of a JSONL file
-    where,   # of what file and line, for the message
-) -> list:   # [{"role": ..., "content": ...}, ...]
-    "A conversation out of one row: messages, instruction and response, or prompt and completion."
-    row = row if isinstance(row, dict) else {}
-    if isinstance(said := row.get("messages") or row.get("conversation"), list): found = said
-    else:
-        ask = next((row[k] for k in ("instruction", "prompt", "question") if row.get(k)), None)
-        reply = next((row[k] for k in ("response", "output", "completion", "answer") if row.get(k)), None)
-        more = row.get("input") or row.get("context")
-        found = [dict(role="system", content=row["system"])] if row.get("system") else []
-        found += [dict(role="user", content=f"{ask}\n\n{more}" if more else ask), dict(role="assistant", content=reply)]
-    whole = all(isinstance(m, dict) and all(isinstance(m.get(k), str) for k in ("role", "content")) for m in found)
-    if not (whole and any(m["role"] == "assistant" for m in found)):
-        raise UserError(f"{where} is no conversation; a row holds messages (a list of role and content), or "
-                        "instruction and response")
-    return [dict(role=m["role"], content=m["content"]) for m in found]
-
-# %% ../../nbs/5_deployment/05_cli.ipynb #fafc438f
-def read_conversations(
-    source: str,         # stories, or a .jsonl or .json file of conversations
-    split: str,          # train or val; the last twentieth of a file is held out
-    limit: int = None,   # conversations at most
-    seed: int = 0,       # of the stories' conversations
-) -> list:               # conversations
-    "The conversations of a source."
-    if source == "stories":
-        from tiny_llm.assistant.finetune import CONVERSATIONS
-        from tiny_llm.text.dialogues import conversations
-        n = CONVERSATIONS if split == "train" else CONVERSATIONS // 20
-        return conversations(limit or n, seed=seed, split=split)
-    from tiny_llm.text.sources import json_rows, read_text as text_of
-    path = Path(source).expanduser()
-    if not path.is_file():
-        beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        near = did_you_mean(path.name, ["stories", *beside])
-        raise UserError(f"there is no file {source}; --data takes stories, or a .jsonl or .json file.{near}")
-    found = [as_messages(row, f"row {n} of {path}") for n, row in enumerate(json_rows(path, text_of(path)), 1)]
-    if len(found) < 2:
-        raise UserError(f"{path} holds {len(found)} conversations; at least 2 are needed, one to learn from and "
-                        "one held out")
-    cut = len(found) - -(-len(found) // 20)
-    return (found[:cut] if split == "train" else found[cut:])[:limit]
-
 # %% ../../nbs/5_deployment/05_cli.ipynb #5735830f
 @command
 @takes_settings(but=["model", "betas", "preset", "vocab_size", "column"])
@@ -425,18 +390,18 @@ def finetune(
     config: str = None,       # settings file, JSON or YAML, or a run's config.json; options on the line win
     device: str = "auto",     # auto, cpu, cuda, mps
     resume: bool = False,     # go on with the run in out: the same line again, and --resume
-    **kwargs,                 # settings of `TrainConfig`; data: stories, or a .jsonl or .json file of conversations
+    **kwargs,                 # settings of `TrainConfig`; data: stories, or a file, folder or dataset of conversations
 ):
     "Teach a model to answer, from conversations."
-    from tiny_llm.assistant.finetune import finetune as fit
+    from tiny_llm.assistant.finetune import finetune as fit, read_conversations
     from tiny_llm.training.run import past_run
     asked, _ = settings_of(config, kwargs, "finetune")
     past_run(Path(out), resume)
     data, limit = asked.data or "stories", asked.limit
     chats = read_conversations(data, "train", limit, asked.seed)
-    held = read_conversations(data, "val", limit and max(1, limit // 20), asked.seed)
+    held = read_conversations(data, "val", limit and max(1, limit // 20), asked.seed)   # None: `fit` holds a part out
     net, tok = open_model(model, device)
-    note(f"{data}: {len(chats):,} conversations to learn from, {len(held):,} held out")
+    if held: note(f"{data}: {len(chats):,} conversations to learn from, {len(held):,} held out")
     run = fit(net, tok, chats, changed(asked, data=data), val=held, out=out, device=device, resume=resume)
     print(table(train_rows(finished(run, "the same line with --resume"))))
     return run
@@ -446,7 +411,7 @@ def finetune(
 def eval_(
     model: str = QUICK,        # model folder or run folder
     data: str = "stories",     # as in train
-    split: str = "val",        # train, val or test
+    split: str = "val",        # train, val, test, or all
     n: int = 200,              # stories and requests to judge, where data is stories; 0: none
     temperature: float = 1.0,  # of the stories; requests are answered at 0
     ctx: int = None,           # tokens per row; left out: the model's
