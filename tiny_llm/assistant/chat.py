@@ -220,7 +220,8 @@ def talk(
     with keys.heard():
         while pressed < 2:
             try:
-                with keys.during("line"): line = read(f"{you}you>{off} ").strip()
+                with keys.during("line"):
+                    line = read(f"{you}you>{off} ").strip()
             except EOFError: break
             except KeyboardInterrupt:
                 pressed += 1
@@ -230,7 +231,8 @@ def talk(
             if line == "/exit": return
             if not line: continue
             try:
-                with keys.during("reply"): _answer(session, line, write, f"{it}model>{off} ", keys)
+                with keys.during("reply"):
+                    _answer(session, line, write, f"{it}model>{off} ", keys)
             except UserError as e: write(f"{e}\n")
             except KeyboardInterrupt:
                 session.stop()
