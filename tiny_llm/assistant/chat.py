@@ -216,16 +216,18 @@ def talk(
     "A conversation in a terminal. Control-C stops a reply; /exit, Control-D, or Control-C twice at the prompt leave."
     you, it, off = ("\x1b[1;34m", "\x1b[1;32m", "\x1b[0m") if colour else ("", "", "")
     write("Type a message; /help lists commands, /exit leaves.\n")
-    keys, pressed = _Keys(session), 0      # how often Control-C was pressed at the prompt in a row
+    keys, ended = _Keys(session), -1.0     # when the last reply ended
+    pressed = 0                            # how often Control-C was pressed at the prompt in a row
     with keys.heard():
         while pressed < 2:
             try:
                 with keys.during("line"):
                     line = read(f"{you}you>{off} ").strip()
-            except EOFError: break
+            except EOFError: return write("\n")
             except KeyboardInterrupt:
-                pressed += 1
-                if pressed == 1: write("\n(Control-C again, Control-D or /exit leaves)\n")
+                if time.monotonic() - ended < 0.5: pressed = 0      # it was meant for the reply
+                else: pressed += 1
+                write("\n(Control-C again, Control-D or /exit leaves)\n" if pressed == 1 else "\n")
                 continue
             pressed = 0
             if line == "/exit": return
@@ -237,7 +239,7 @@ def talk(
             except KeyboardInterrupt:
                 session.stop()
                 write(" (stopped)\n")
-    write("\n")
+            if not line.startswith("/"): ended = time.monotonic()
 
 # %% ../../nbs/4_assistant/06_chat.ipynb #4d98959f
 _STYLES = {"user": ("You", "#0072B2"), "assistant": ("Model", "#009E73"), "system": ("System", "#CC79A7")}

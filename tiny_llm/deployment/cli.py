@@ -172,8 +172,11 @@ def line_reader():
         try: import readline                                  # gives `input` arrow keys and history
         except ImportError: return input
         def typed(prompt):
+            n = readline.get_current_history_length()
             try: return input(re.sub("(\x1b\\[[0-9;]*m)", "\x01\\1\x02", prompt))    # codes that take no room
             except KeyboardInterrupt:
+                # pressed while the prompt was drawn, it is heard only behind the line that was typed since
+                if readline.get_current_history_length() > n: return readline.get_history_item(n + 1)
                 if not readline.get_line_buffer(): raise
                 print()         # the line that was begun is given up, as shells do
                 return ""

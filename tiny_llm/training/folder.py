@@ -183,7 +183,7 @@ def _saved_elsewhere(config): return "transformers_version" in config     # whic
 def _verify(folder, config):
     "UserError if a file is missing or is not the one that SHA256SUMS describes."
     if not (folder / SUMS).is_file() or _saved_elsewhere(config): return
-    text = (folder / SUMS).read_bytes().decode(errors="replace").removesuffix("\n")
+    text = (folder / SUMS).read_text(encoding="utf-8", errors="replace").removesuffix("\n")     # any ends of lines
     lines = [re.fullmatch(r"([0-9a-f]{64}) [ *](?:.*/)?(.+)", line) for line in text.split("\n")]
     named = {m[2] for m in lines if m}
     enough = {"config.json", "tokenizer.json"} <= named and any(n.endswith(".safetensors") for n in named)
@@ -249,9 +249,10 @@ def _build(folder, config):
     "The Transformer of a folder, or a UserError that says why there is none."
     state, wrong = _weights(folder), (TypeError, ValueError, ArithmeticError, AttributeError, LookupError)
     try:
-        held, asked = sum(t.numel() for t in state.values()), sum(count_params(from_hf_config(config)).values())
-        if asked > max(10 * held, 10 ** 8):
-            raise UserError(f"config.json asks for {asked:,} weights, the files hold {held:,}; copy it again")
+        c, held = from_hf_config(config), sum(t.numel() for t in state.values())
+        asked = sum(count_params(c).values()) + c.ctx * c.head_dim      # the angles of all positions
+        if asked > max(10 * held, 3 * 10 ** 8):
+            raise UserError(f"config.json asks for {asked:,} numbers, the weights are {held:,}; copy it again")
         model = from_hf(config, state)
     except UserError as e: raise UserError(str(e) if str(folder) in str(e) else f"{folder}: {e}") from None
     except (*wrong, RuntimeError) as e:
