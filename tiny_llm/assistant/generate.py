@@ -72,6 +72,9 @@ def warp(
     previous=None,                    # (B, T) ids that the penalty counts as seen
 ):                                    # (B, V) logits, -inf where nothing may be drawn
     "The logits after penalty, temperature, top-k and top-p, in this order."
+    # float32 has no room for more: 0/0, inf/inf and "reached 0" would arise
+    temperature, top_p, repetition_penalty = (x and min(max(x, 1e-30), 1e30)
+                                              for x in (temperature, top_p, repetition_penalty))
     if previous is not None and repetition_penalty != 1:
         seen = logits.gather(-1, previous)
         lower = torch.where(seen > 0, seen / repetition_penalty, seen * repetition_penalty)
@@ -80,8 +83,8 @@ def warp(
     _require_finite(high)       # or temperature 0 would take NaN for the largest
     if temperature == 0:
         return torch.full_like(logits, -torch.inf).scatter(-1, logits.argmax(-1, keepdim=True), 0)
-    # the largest becomes 0, which softmax does not notice; within these bounds neither 0/0 nor inf/inf arises
-    logits = (logits - high) / min(max(temperature, 1e-30), 1e30)
+    # the largest becomes 0, which softmax does not notice: a tiny temperature would overflow otherwise
+    logits = (logits - high) / temperature
     if 0 < top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(top_k).values[..., -1:], -torch.inf)
     if top_p < 1:
