@@ -85,9 +85,56 @@ def test_train_made_a_run_folder(desk):
 
 
 def test_generate_is_repeatable_and_plain(desk):
-    line = ["generate", "--model", "run", "--prompt", "7 little", "--max-tokens", 12, "--seed", 3]
-    text = fine(*line, cwd=desk)
-    assert text.startswith("7 little") and (0, text, "") == same_process(line, desk) and "\x1b" not in text
+    line = ["generate", "--model", "run", "--prompt", "7 little", "--max-tokens", 12, "--temperature", 2, "--seed"]
+    text = fine(*line, 3, cwd=desk)
+    assert text.startswith("7 little") and (0, text, "") == same_process([*line, 3], desk) and "\x1b" not in text
+    assert len({same_process([*line, seed], desk)[1] for seed in (3, 4, 5, -1)}) == 4, "the seed decides"
+
+
+@unix
+def test_a_text_arrives_whatever_the_locale(desk):
+    for env in (dict(LANG="C"), dict(LC_ALL="C"), dict(LC_ALL="C", PYTHONUTF8="0")):
+        line = ["generate", "--model", "run", "--prompt", "Öl, 猫", "--max_tokens", 1]
+        out = subprocess.run([TL, *map(str, line)], cwd=desk, env=environment(**env), capture_output=True, stdin=subprocess.DEVNULL)
+        seen = "Öl, 猫" if env.get("PYTHONUTF8") != "0" else "?l, ?"          # arrives, and cannot be shown
+        assert out.returncode == 0 and out.stdout.decode().startswith(seen), out
+
+
+def test_the_folder_s_own_settings(room):
+    "What generation_config.json says holds where the line says nothing; /help shows it."
+    best = room/"run"/"best"
+    said = json.loads((best/"generation_config.json").read_text())
+    def says(**fields):
+        (best/"SHA256SUMS").unlink(missing_ok=True)
+        (best/"generation_config.json").write_text(json.dumps(said | fields))
+    def text(*more, seed=1): return same_process(["generate", "--model", "run", "--max_tokens", 9, "--seed", seed, *more], room)[1]
+    says(do_sample=False)
+    greedy = text("--temperature", 0)
+    assert text() == text(seed=2) == greedy != text("--temperature", 2)
+    says(temperature=2.0, top_k=1)
+    assert text() == text(seed=2) == greedy != text("--top_k", 0)
+    says(temperature=0.625, top_p=0.875, top_k=17)
+    _, out, _ = same_process(["chat", "--model", "run"], room)      # standard input is empty
+    said_here = fine("chat", "--model", "run", cwd=room, stdin="/help\n/top_k off\n/help\n")
+    assert "now:    max_tokens 200, temperature 0.625, top_k 17, top_p 0.875" in said_here and "top_k off, top_p 0.875" in said_here
+    says(eos_token_id=list(range(5, 280)))                          # nearly every token ends the text
+    assert len(text("--temperature", 1)) < 9
+    says(temperature="warm")
+    wrong("generate", "--model", "run", cwd=room, says="temperature is 'warm'; give 0", real=False)
+
+
+def test_weights_that_are_no_numbers(room):
+    "One line in every command that reads a model, and nothing is graded or written."
+    from safetensors.torch import load_file, save_file
+    for name in ("best", "last"):
+        file = room/"run"/name/"model.safetensors"
+        state = load_file(file)
+        state["model.layers.0.mlp.up_proj.weight"][3, 5] = float("nan" if name == "best" else "inf")
+        save_file(state, file, {"format": "pt"})
+        (room/"run"/name/"SHA256SUMS").unlink()
+    for words in ("generate --model run --temperature 0", "generate --model run/last", "chat --model run", "eval --model run --data ducks.txt", "eval --model run",
+                  "info --model run", "finetune --model run --data chats.jsonl --steps 2 --out new"):
+        wrong(*words.split(), cwd=room, says="model.layers.0.mlp.up_proj.weight in", real=False)
 
 
 def test_only_what_steers_is_left_out(desk):
@@ -296,10 +343,15 @@ def test_a_full_disk(desk, small_disk):
 
 # Signals and terminals -----------------------------------------------------------------------------------------------
 
+def heeds_sigint():
+    "For a child: Ctrl-C is heard, also where whoever started pytest ignores it."
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @unix
 def test_ctrl_c_and_resume(desk, tmp_path):
     line = [TL, "train", "--data", desk/"ducks.txt", "--steps", "600", *SMALL, "--out", tmp_path/"run"]
-    p = subprocess.Popen(list(map(str, line)), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True)
+    p = subprocess.Popen(list(map(str, line)), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True, preexec_fn=heeds_sigint)
     until(lambda: (tmp_path/"run"/"metrics.jsonl").exists() and len((tmp_path/"run"/"metrics.jsonl").read_text().splitlines()) > 2 or p.poll() is not None)
     p.send_signal(signal.SIGINT)
     out, err = p.communicate(timeout=60)
@@ -330,6 +382,7 @@ class Terminal:
         import pty
         self.pid, self.fd = pty.fork()
         if self.pid == 0:
+            heeds_sigint()
             os.chdir(cwd)
             os.execve(str(TL), [str(TL), *map(str, words)], environment(TERM="xterm", **env))
         self.seen, self.read = "", 0
@@ -386,6 +439,52 @@ def test_chat_in_a_terminal(talker):
         t.expect("you>")
     t.type("\x04")                                   # Ctrl-D leaves
     assert t.code() == 0
+
+
+@unix
+def test_ctrl_c_at_the_prompt(talker):
+    "It clears what was begun; at an empty line the second one in a row leaves."
+    t = Terminal("chat", "--model", talker, "--max_tokens", 3, cwd=talker.parent)
+    for _ in range(3):
+        t.expect("you>")
+        t.type("/top_k 7")
+        t.expect("/top_k 7")
+        time.sleep(0.3)                              # Python hears it only while it waits for a key
+        t.type("\x03")
+    t.expect("you>")
+    t.type("/top_p\n")                              # the lines before were given up: none of them was carried out
+    t.expect("top_p is"); t.expect("you>")
+    assert "top_k is" not in t.seen and "leaves)" not in t.seen
+    for _ in range(2):
+        time.sleep(0.3); t.type("\x03")
+        t.expect("leaves)"); t.expect("you>")
+        t.type("/top_p\n")                          # the count begins anew
+        t.expect("top_p is"); t.expect("you>")
+    time.sleep(0.3); t.type("\x03")
+    t.expect("leaves)"); t.expect("you>")
+    time.sleep(0.3); t.type("\x03")
+    assert t.code() == 0 and "Traceback" not in t.seen
+
+
+@unix
+@pytest.mark.parametrize("tokens, presses", [(2, 1), (2500, 1), (2500, 2), (2500, 3)], ids=["short reply", "long reply", "twice", "three times"])
+def test_ctrl_c_at_any_moment_does_not_leave(talker, tokens, presses):
+    "Before, in and just after a reply, a millisecond later each time; pressed again at once, too."
+    t = Terminal("chat", "--model", talker, "--temperature", 0, "--max_tokens", tokens, cwd=talker.parent)
+    t.expect("you>")
+    for n in range(12):
+        t.type(f"Hello {n}\n")
+        t.expect(f"Hello {n}")
+        if tokens > 2: t.expect("model>")
+        time.sleep(0.006 * n)
+        for _ in range(presses):
+            t.type("\x03")
+            time.sleep(0.003 * (n % 3))
+        time.sleep(0.2)                              # what is typed at once may be lost with the line that Ctrl-C gives up
+        t.type("/top_k\n")
+        t.expect("top_k is"); t.expect("you>")
+    t.type("/exit\n")
+    assert t.code() == 0 and "Traceback" not in t.seen
 
 
 @unix

@@ -141,7 +141,7 @@ class Tokenizer:
 
     def __len__(self): return self._size
     def __repr__(self): return f"Tokenizer({len(self)} tokens, hash {self.hash[:8]})"
-    def __reduce__(self): return _rebuild, (self.json_text, self.template, self.named)
+    def __reduce__(self): return _rebuild, (self.json_text, self.template, self.named), {"ends": self.ends}
 
     @property
     def hash(self) -> str:
@@ -176,6 +176,8 @@ def _name_specials(self: Tokenizer, template, named):
     self.template = template or (CHAT_TEMPLATE if ours else None)
     ends = (t for t in ENDS if t in self.specials and t in (self.template or ""))
     self.end = self.vocab.get(next(ends, self.named["eos_token"]))  # ends a turn of a chat
+    # ids that end a text or a reply; a model folder may name more
+    self.ends = {i for i in (self.eos, self.end) if i is not None}
 
 # %% ../../nbs/2_text/04_tokenizer.ipynb #5a4d57bc
 def split_at_specials(
@@ -294,6 +296,15 @@ def train_tokenizer(
                       f"twice. The tokenizer has {got}.", stacklevel=2)
     return Tokenizer(tk)
 
+# %% ../../nbs/2_text/04_tokenizer.ipynb #c2576364
+@patch
+def nameless(self: Tokenizer,
+    n: int,   # rows of the model
+) -> list:    # ids below n
+    "The ids below `n` that no token bears."
+    known = set(self.vocab.values())
+    return [i for i in range(n) if i not in known]
+
 # %% ../../nbs/2_text/04_tokenizer.ipynb #d0380ec1
 TINTS = ["#CFE6F5", "#FBE3B5", "#C5EBDD", "#F6D3E4", "#E3E3E3"]  # light, for black text
 
@@ -396,12 +407,13 @@ def chat(self: Tokenizer,
     spans = self._reply_spans(messages, text)
     encoded = self._control.encode(text, add_special_tokens=False)
     weights, s = [0.0] * len(encoded.ids), 0
+    stops = self.ends & {self.end, *self.specials.values()}
     for t, (start, _) in enumerate(encoded.offsets):
         while s < len(spans) and start >= spans[s][1]:
             s += 1
         if s < len(spans) and start >= spans[s][0]:
             weights[t] = 1.0
-            if encoded.ids[t] == self.end: s += 1  # what follows in the template is not learnt
+            if encoded.ids[t] in stops: s += 1  # what follows in the template is not learnt
     return encoded.ids, weights
 
 # %% ../../nbs/2_text/04_tokenizer.ipynb #b60bd55b

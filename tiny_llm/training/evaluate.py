@@ -40,6 +40,8 @@ def token_nats(
         for i, row in zip(some, nats):
             out[i] = row[:len(ids[i]) - 1]
     model.train(was)
+    if not all(row.isfinite().all() for row in out):
+        raise UserError("the loss of some token is not finite: the model has diverged; use an earlier one")
     return out
 
 # %% ../../nbs/3_training/06_evaluate.ipynb #07b03a35
