@@ -337,7 +337,8 @@ def train_bpe(
             chunks.update(cut(part))
     for long in [c for c in chunks if len(c) > LONGEST]:  # as 2.04 does
         k = chunks.pop(long)
-        for i in range(0, len(long), LONGEST): chunks[long[i:i + LONGEST]] += k
+        for i in range(0, len(long), LONGEST):
+            chunks[long[i:i + LONGEST]] += k
     from tqdm.auto import tqdm
     with tqdm(total=room - 256, unit=" merges", disable=not progress) as bar:
         names, merges = learn_merges(chunks, room, ties, {unspell(s) for s in specials}, bar)

@@ -10,7 +10,6 @@ __all__ = ['BYTES', 'BYTE_ID', 'PATTERN', 'GPT2_PATTERN', 'SPECIALS', 'LONGEST',
 
 # %% ../../nbs/2_text/04_tokenizer.ipynb #7e969aa3
 import html, json, re, unicodedata, warnings
-from bisect import bisect_right
 from collections import Counter
 from datetime import datetime
 from functools import lru_cache, partial
@@ -399,7 +398,8 @@ def train_tokenizer(
             check_text(d)
             yield from split_at_specials(d, [*SPECIALS, PAD])  # what spells a special token teaches nothing
             bar.update()
-    with bar: tk = _in_thread(partial(_learn_vocabulary, checked(), vocab_size, pattern), stop, bar)
+    with bar:
+        tk = _in_thread(partial(_learn_vocabulary, checked(), vocab_size, pattern), stop, bar)
     tk = tokenizers.Tokenizer.from_str(json.dumps(give_pad(json.loads(tk.to_str()))))
     if (got := tk.get_vocab_size()) < vocab_size:
         warnings.warn(f"the corpus is too small for {vocab_size} tokens: after {got} no pair of tokens occurs "
@@ -501,8 +501,10 @@ def _typed_spans(self: Tokenizer, messages, reply, text):
     left, right = [c for c in map(chr, range(0xE000, 0xF900)) if c not in used][:2]
     for trim in str, str.strip:
         def between(content):
-            before, core, after = content.partition(trim(content)) if trim(content) else (content, "", "")
-            return before + left + core + right + after if core else content
+            core = trim(content)
+            if not core and trim is str.strip: return content  # a template may ask whether there is any
+            at = content.index(core)
+            return content[:at] + left + core + right + content[at + len(core):]
         marked = self._render([{**m, "content": between(m["content"])} for m in messages], reply)
         if marked.replace(left, "").replace(right, "") == text:
             at = [m.start() - n for n, m in enumerate(re.finditer(f"[{left}{right}]", marked))]
@@ -515,14 +517,11 @@ def _encode_around(self: Tokenizer, text, typed):
     def read(tk, start, end):
         e = tk.encode(text[start:end], add_special_tokens=False)
         return [(i, start + a, start + b) for i, (a, b) in zip(e.ids, e.offsets)]
-    marks, ends = {a["id"] for a in self.added.values()}, [end for _, end in typed]
-    def forged(i, a, b):
-        n = bisect_right(ends, a)  # the first span that ends behind a
-        return i in marks and n < len(typed) and typed[n][0] < b
-    out = read(self._control, 0, len(text))
-    if not any(forged(*token) for token in out): return [token[:2] for token in out]
+    marks = {a["id"] for a in self.added.values()}
     edges = [0, *(edge for span in typed for edge in span), len(text)]
     own = [t for a, b in zip(edges[::2], edges[1::2]) for t in read(self._control, a, b) if t[0] in marks]
+    out = read(self._control, 0, len(text))
+    if [t for t in out if t[0] in marks] == own: return [token[:2] for token in out]
     out, done = [], 0
     for token in own:
         out += [*read(self.typed, done, token[1]), token]
