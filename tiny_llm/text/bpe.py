@@ -305,7 +305,7 @@ def _plain(self: BPE, text):
     if self._normal: text = self._normal.normalize_str(text)
     return list(chain.from_iterable(map(self._known.__getitem__, self._cut(text))))
 
-# %% ../../nbs/2_text/05_bpe.ipynb #dbba9603
+# %% ../../nbs/2_text/05_bpe.ipynb #742d8073
 def _room(vocab_size, specials, ties):
     "How many of the tokens are bytes and merges; complains about what cannot be."
     if not isinstance(vocab_size, int):
@@ -319,6 +319,7 @@ def _room(vocab_size, specials, ties):
     if vocab_size >= least: return vocab_size - len(specials)
     raise UserError(f"vocab_size {vocab_size} is too small: special tokens and 256 bytes need {least}.")
 
+# %% ../../nbs/2_text/05_bpe.ipynb #dbba9603
 def train_bpe(
     docs,                    # documents: one str, or a list or other iterable of them
     vocab_size: int = 1024,  # tokens in all: special ones, 256 bytes, the rest learnt
