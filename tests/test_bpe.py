@@ -10,7 +10,7 @@ import pydoc_data.topics, pytest, tokenizers
 from tiny_llm.basics import UserError
 from tiny_llm.text.bpe import BPE, train_bpe
 from tiny_llm.text.stories import stories
-from tiny_llm.text.tokenizer import GPT2_PATTERN, PATTERN, SPECIALS, Tokenizer, train_tokenizer
+from tiny_llm.text.tokenizer import GPT2_PATTERN, PATTERN, SPECIALS, Tokenizer, give_pad, train_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get("TINY_LLM_DATA") or ROOT.parent/"shared"/"data"/"text").parent
@@ -77,7 +77,7 @@ def test_the_same_tokenizer_as_the_library(name, size):
     docs = corpora()[name]
     ours, theirs = train_bpe(docs, size), train_tokenizer(docs, size)
     assert len(ours) == size and ours.merges == [tuple(m) for m in json.loads(theirs.json_text)["model"]["merges"]]
-    assert ours.tokenizer().hash == theirs.hash
+    assert BPE(give_pad(ours.file)).tokenizer().hash == theirs.hash
 
 
 @pytest.mark.slow
@@ -85,7 +85,7 @@ def test_the_same_tokenizer_as_the_library(name, size):
 @pytest.mark.parametrize("name", ["tinyshakespeare", "fairytales", "tinystories"])
 def test_the_same_merges_on_real_text(name):
     docs = read(DATA/"text"/f"{name}.txt").split("<|endoftext|>")
-    assert train_bpe(docs, 8192).tokenizer().hash == train_tokenizer(docs, 8192).hash
+    assert BPE(give_pad(train_bpe(docs, 8192).file)).tokenizer().hash == train_tokenizer(docs, 8192).hash
 
 
 # The encoder
@@ -269,16 +269,99 @@ def test_no_merge_makes_a_special_token():
         warnings.simplefilter("ignore")
         made = [train(docs, 400, pattern=r"\S+|\s+") for train in (train_bpe, train_tokenizer)]
     for tok in made: assert tok.specials["<|end|>"] not in tok.encode("<|end|> so <|end|>") and tok.decode(tok.encode("<|end|>")) == "<|end|>"
-    assert made[0].tokenizer().hash == made[1].hash
+    assert BPE(give_pad(made[0].file)).tokenizer().hash == made[1].hash
 
 
-def test_tokens_that_are_not_special_are_text():
-    "Some vocabularies add runs of spaces; the library finds these in any text, and so do we."
+def test_added_tokens_that_are_not_special_are_asked_for_too():
+    "The file's flags hold where a token is asked for; typed text never gives one, and comes back whole."
     tk = train_tokenizer(corpora()["stories"][:100], 500).tk
-    tk.add_tokens([tokenizers.AddedToken("    ", normalized=False), tokenizers.AddedToken("<tool>", normalized=False, lstrip=True)])
+    tk.add_tokens([tokenizers.AddedToken("    ", normalized=False), tokenizers.AddedToken("<tool>", normalized=False, lstrip=True),
+                   tokenizers.AddedToken("once", rstrip=True), tokenizers.AddedToken("Öl", single_word=True)])
     tk.add_special_tokens([tokenizers.AddedToken("<mask>", special=True, lstrip=True, normalized=False),
                            tokenizers.AddedToken("<w>", special=True, single_word=True, normalized=False)])
     tok = Tokenizer(tk)
-    ours = BPE(json.loads(tok.json_text))
-    for s in ["a    b", "x  <tool>y", "one  <mask> two", "a<w>b <w> c", *map(random_text, range(50))]:
-        for special in False, True: assert ours.encode(s, special) == tok.encode(s, special), (s, special)
+    ours, added = BPE(json.loads(tok.json_text)), {t["id"] for t in tok.added.values()}
+    for s in ["a    b", "x  <tool>y", "one  <mask> two", "a<w>b <w> c", "once  upon Öl Ölo", *map(random_text, range(50))]:
+        for special in False, True, set(tok.added), {"<tool>", "once"}: assert ours.encode(s, special) == tok.encode(s, special), (s, special)
+        assert not added & set(tok.encode(s)) and tok.decode(tok.encode(s)) == ours.decode(tok.encode(s)) == s
+        assert tok.encode(s, True) == tok.encode(s, set(tok.added)) == tok._control.encode(s, add_special_tokens=False).ids
+
+
+# Text without spaces
+
+def test_long_chunks_are_cut_for_training_alone():
+    "A chunk of at most 100 characters is learnt whole; a longer one as its pieces; encoding knows no such limit."
+    r = random.Random(0)
+    long, short = "".join(r.choices("acgt", k=50_000)), ["".join(r.choices("acgt", k=100)) for _ in range(50)]
+    pieces = [long[i:i + 100] for i in range(0, len(long), 100)]
+    for train in train_tokenizer, train_bpe:
+        whole, cut = (train([*docs, *short], 500) for docs in ([long], pieces))
+        assert (whole.encode(long), len(whole)) == (cut.encode(long), 500) and whole.decode(whole.encode(long)) == long
+    assert train_bpe([long], 500).merges == [tuple(m) for m in json.loads(train_tokenizer([long], 500).json_text)["model"]["merges"]]
+
+
+TRAIN = """
+import random
+from tiny_llm.text.tokenizer import train_tokenizer
+def docs():
+    print("reading", flush=True)
+    yield "".join(chr(0x4E00 + random.randrange(3000)) for _ in range(1_000_000))
+    print("read", flush=True)
+train_tokenizer(docs(), 8000)
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="sends SIGINT")
+@pytest.mark.parametrize("wait", [0.0, 1.5])
+def test_ctrl_c_ends_training_at_once(wait):
+    "The library's own trainer would finish first, after ten seconds and more."
+    import signal, time
+    with subprocess.Popen([sys.executable, "-c", TRAIN], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
+                          preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler)) as p:
+        assert p.stdout.readline() == "reading\n" and p.stdout.readline() == "read\n"
+        time.sleep(wait)
+        start = time.monotonic()
+        p.send_signal(signal.SIGINT)
+        said = p.communicate(timeout=60)[1]
+    assert said.rstrip().endswith("KeyboardInterrupt") and time.monotonic() - start < 3, said
+
+
+# What other programs find in the folder
+
+def test_others_begin_as_we_do_and_find_the_assistants_words(tmp_path):
+    from transformers import AutoTokenizer
+    tok = train_tokenizer(corpora()["stories"][:200], 600)
+    tok.save(tmp_path, ctx=4096)
+    for theirs in AutoTokenizer.from_pretrained(tmp_path), tokenizers.Tokenizer.from_file(str(tmp_path/"tokenizer.json")):
+        for s in ["", "Once upon a time", "  two\n", "né 😀", *map(random_text, range(30))]:
+            ids = theirs(s).input_ids if callable(theirs) else theirs.encode(s).ids
+            assert ids == [tok.bos, *tok.encode(s, special=True)], ascii(s)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    assert theirs.pad_token == "<|pad|>" and theirs.pad_token_id == tok.pad not in (tok.eos, tok.end)
+    def say(*said): return [dict(role=r, content=c) for r, c in said]
+    for talk in (say(("user", "Hi"), ("assistant", "Hello.")), say(("system", "s"), ("user", "<|end|>"), ("assistant", "😀 né "), ("user", "b"), ("assistant", "")),
+                 say(("user", "alone")), say(("assistant", "I begin"), ("assistant", "and go on")), say(("user", "<|pad|>"), ("assistant", "<|assistant|>x"))):
+        got = theirs.apply_chat_template(talk, return_dict=True, return_assistant_tokens_mask=True)
+        ids, weights = tok.chat(talk)
+        assert got["input_ids"] == ids and ids.count(tok.bos) == 1
+        assert got["assistant_masks"] == [int(w) for w in weights]
+    theirs.save_pretrained(tmp_path/"again")
+    assert Tokenizer.load(tmp_path/"again").hash == tok.hash
+
+
+OLD_TEMPLATE = ("{{- bos_token -}}{%- for message in messages -%}{{- '<|' ~ message['role'] ~ '|>' ~ message['content'] | replace('<|', '< |') ~ '<|end|>' -}}"
+                "{%- endfor -%}{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}")
+
+
+def test_folders_of_before_open(tmp_path):
+    "No token for padding, no post-processor, another template: the same ids, the same chat, the same hash after saving."
+    old = train_bpe(corpora()["stories"][:200], 600)
+    (tmp_path/"tokenizer.json").write_text(json.dumps(old.file), encoding="utf-8")
+    (tmp_path/"tokenizer_config.json").write_text(json.dumps(dict(bos_token="<|endoftext|>", eos_token="<|endoftext|>", pad_token="<|endoftext|>",
+                                                                  chat_template=OLD_TEMPLATE)), encoding="utf-8")
+    tok, new = Tokenizer.load(tmp_path), train_tokenizer(corpora()["stories"][:200], 600)
+    talk = [dict(role="user", content="Hi <|end|>"), dict(role="assistant", content="Hello.")]
+    assert tok.pad == tok.eos and tok.template == OLD_TEMPLATE and tok.chat(talk) == new.chat(talk)
+    assert [tok.encode(s) for s in corpora()["stories"][:50]] == [new.encode(s) for s in corpora()["stories"][:50]]
+    tok.save(tmp_path/"saved")
+    assert Tokenizer.load(tmp_path/"saved").hash == tok.hash and BPE.load(tmp_path/"saved").encode("Once") == tok.encode("Once")

@@ -27,7 +27,7 @@ def fit_prompt(
 ) -> tuple:              # (ids of the prompt, number of oldest messages left out)
     "The prompt for the next reply, without as many of the oldest exchanges as must go: equation (4.06.3)."
     for f in range(0, len(turns), 2):
-        ids = tok.encode(tok.chat_text(system + turns[f:], reply=True), special=True)
+        ids = tok.prompt(system + turns[f:])
         if len(ids) + room <= ctx: return ids, f
     # the newest message alone: a short reply is better than none
     if len(ids) < ctx and f == len(turns) - 1: return ids, f

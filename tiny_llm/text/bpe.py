@@ -15,8 +15,9 @@ from pathlib import Path
 import tokenizers
 from fastcore.basics import patch
 from ..basics import UserError, did_you_mean, read_json
-from .tokenizer import (BYTE_OF, BYTES, GPT2_PATTERN, LETTER_OF, PATTERN, SPECIALS, Tokenizer, byte_ids,
-                                     check_text, compile_pattern, spell, split_at_specials, unspell)
+from .tokenizer import (BYTE_OF, BYTES, GPT2_PATTERN, LETTER_OF, LONGEST, PATTERN, SPECIALS, Tokenizer,
+                                     byte_ids, check_text, compile_pattern, find_added, spell, split_at_specials,
+                                     unspell, without_added)
 
 # %% ../../nbs/2_text/05_bpe.ipynb #c69f1956
 class Pairs:
@@ -253,6 +254,10 @@ def _byte_level(file):
         raise UserError(f"no byte-level BPE ({' with '.join([kind, *odd])}); open it with Tokenizer.load.")
 
 # %% ../../nbs/2_text/05_bpe.ipynb #a8ae7b9f
+def _pairs(model):
+    "The merges of a tokenizer.json, which writes them in two ways."
+    return [tuple(m.split(" ", 1)) if isinstance(m, str) else tuple(m) for m in model["merges"]]
+
 class BPE:
     "A byte-level BPE tokenizer in plain Python. Made by `train_bpe` or `BPE.load`."
     def __init__(self,
@@ -261,23 +266,20 @@ class BPE:
         named: dict | None = None,    # names of bos_token, eos_token, pad_token
     ):
         self.file, self.template, self.named = file, template, named
-        model, added = file["model"], file.get("added_tokens") or []
         _byte_level(file)
-        vocab = model["vocab"]
-        self.names = {i: unspell(t) for t, i in vocab.items()}
-        self.names |= {t["id"]: t["content"].encode() for t in added}
-        self.specials = {t["content"]: t["id"] for t in added if t["special"]}
-        self.merges = [tuple(m.split(" ", 1)) if isinstance(m, str) else tuple(m) for m in model["merges"]]
-        self.made = [vocab[a + b] for a, b in self.merges]
-        marks = set(self.specials.values())  # a merge must not make one
-        ranked = enumerate(zip(self.merges, self.made))
-        self.rank = {(vocab[a], vocab[b]): r for r, ((a, b), new) in ranked if new not in marks}
+        library = self.tokenizer()
+        self.added, self.specials, self._normal = library.added, library.specials, library.tk.normalizer
+        self.names = {i: unspell(t) for t, i in file["model"]["vocab"].items()}
+        self.names |= {t["id"]: t["content"].encode() for t in self.added.values()}
+        self.merges = _pairs(file["model"])
+        model = without_added(file, self.added)["model"]  # what text may become
+        vocab, merges = model["vocab"], _pairs(model)
+        self.made = [vocab[a + b] for a, b in merges]
+        self.rank = {(vocab[a], vocab[b]): r for r, (a, b) in enumerate(merges)}
         self.start = {b: vocab[letter] for b, letter in LETTER_OF.items() if letter in vocab}
-        whole = vocab if model.get("ignore_merges") else {}  # known chunks are then taken whole
-        self._whole = {unspell(t): i for t, i in whole.items() if i not in marks}
-        self._marks = {t["content"]: t for t in added}
-        self._cut, self._known, self._patterns = _chunker(file["pre_tokenizer"]), _Known(self._chunk), {}
-        self._normal = self.tokenizer().tk.normalizer if file.get("normalizer") else None
+        # known chunks are then taken whole
+        self._whole = {unspell(t): i for t, i in vocab.items()} if model.get("ignore_merges") else {}
+        self._cut, self._known = _chunker(file["pre_tokenizer"]), _Known(self._chunk)
 
     def __len__(self): return 1 + max(self.names, default=-1)
     def __repr__(self): return f"BPE({len(self)} tokens, {len(self.merges)} merges)"
@@ -303,7 +305,7 @@ def _plain(self: BPE, text):
     if self._normal: text = self._normal.normalize_str(text)
     return list(chain.from_iterable(map(self._known.__getitem__, self._cut(text))))
 
-# %% ../../nbs/2_text/05_bpe.ipynb #dbba9603
+# %% ../../nbs/2_text/05_bpe.ipynb #742d8073
 def _room(vocab_size, specials, ties):
     "How many of the tokens are bytes and merges; complains about what cannot be."
     if not isinstance(vocab_size, int):
@@ -317,6 +319,7 @@ def _room(vocab_size, specials, ties):
     if vocab_size >= least: return vocab_size - len(specials)
     raise UserError(f"vocab_size {vocab_size} is too small: special tokens and 256 bytes need {least}.")
 
+# %% ../../nbs/2_text/05_bpe.ipynb #dbba9603
 def train_bpe(
     docs,                    # documents: one str, or a list or other iterable of them
     vocab_size: int = 1024,  # tokens in all: special ones, 256 bytes, the rest learnt
@@ -333,6 +336,10 @@ def train_bpe(
         check_text(d)
         for part in split_at_specials(d, specials):  # what spells a mark teaches nothing
             chunks.update(cut(part))
+    for long in [c for c in chunks if len(c) > LONGEST]:  # as 2.04 does
+        k = chunks.pop(long)
+        for i in range(0, len(long), LONGEST):
+            chunks[long[i:i + LONGEST]] += k
     from tqdm.auto import tqdm
     with tqdm(total=room - 256, unit=" merges", disable=not progress) as bar:
         names, merges = learn_merges(chunks, room, ties, {unspell(s) for s in specials}, bar)
@@ -343,40 +350,21 @@ def train_bpe(
     vocab = {t: i for i, t in enumerate([*specials, *spelled])}
     return BPE(_description(vocab, [(spelled[a], spelled[b]) for a, b in merges], specials, _pre(pattern)))
 
-# %% ../../nbs/2_text/05_bpe.ipynb #d178a6b2
-@patch
-def _marked(self: BPE, wanted):
-    "The pattern that finds these tokens, the longest first, with a group for each; None for none."
-    wanted = frozenset(wanted) | {t for t in self._marks if t not in self.specials}
-    if wanted not in self._patterns:
-        order, parts = sorted(wanted, key=lambda t: (-len(t), t)), []
-        for t in order:
-            flags, body = self._marks[t], re.escape(t)
-            if flags["single_word"]: body = rf"(?<!\w){body}(?!\w)"
-            parts.append("(" + r"\s*" * flags["lstrip"] + body + r"\s*" * flags["rstrip"] + ")")
-        ids = [self._marks[t]["id"] for t in order]
-        self._patterns[wanted] = re.compile("|".join(parts)) if parts else None, ids
-    return self._patterns[wanted]
-
+# %% ../../nbs/2_text/05_bpe.ipynb #baacc2db
 @patch
 def encode(self: BPE,
     text: str,      # any text
-    special=False,  # special tokens that the text may spell: False, none; True, all; or a set of them
+    special=False,  # added tokens that the text may spell: False, none; True, all; or a set of them
 ) -> list:          # ids
     "The ids of a text, nothing added in front or behind."
     check_text(text)
-    wanted = self.specials if special is True else [special] if isinstance(special, str) else special or ()
+    wanted = self.added if special is True else [special] if isinstance(special, str) else special or ()
     for t in wanted:
-        if t not in self.specials:
-            raise UserError(f"{t!r} is no special token of this one.{did_you_mean(str(t), self.specials)}")
-    pattern, ids = self._marked(wanted)
-    if pattern is None: return self._plain(text)
-    out, i = [], 0
-    for m in pattern.finditer(text):
-        out += self._plain(text[i:m.start()])
-        out.append(ids[m.lastindex - 1])
-        i = m.end()
-    return out + self._plain(text[i:])
+        if t not in self.added:
+            raise UserError(f"{t!r} is no special token of this one.{did_you_mean(str(t), self.added)}")
+    if not wanted: return self._plain(text)
+    parts = find_added(text, [self.added[t] for t in wanted], self._normal)
+    return [i for part, token in parts for i in (self._plain(part) if token is None else [token])]
 
 # %% ../../nbs/2_text/05_bpe.ipynb #65219dac
 @patch
@@ -396,7 +384,8 @@ def decode_bytes(self: BPE,
     "The bytes of some ids."
     if hasattr(ids, "tolist"): ids = ids.tolist()
     ids = [ids] if isinstance(ids, int) else list(ids)
-    if not special: ids = [i for i in ids if i not in self.specials.values()]
+    marks = () if special else set(self.specials.values())
+    ids = [i for i in ids if i not in marks]
     try: return b"".join([self.names[i] for i in ids])
     except KeyError as e:
         raise UserError(f"id {e.args[0]} is not in this vocabulary of {len(self)} tokens; were the ids made "

@@ -53,7 +53,7 @@ def units(
     "Loss and floor of every word (equations 3.06.1 and 3.06.3)."
     out = []
     for doc, nats in zip(docs, token_nats(model, tok, docs)):
-        ends = [e for _, e in tok.tk.encode(doc, add_special_tokens=False).offsets]
+        ends = [e for _, e in tok.typed.encode(doc, add_special_tokens=False).offsets]
         words, both, row, start, t, w = surprisals(doc), set(ends), [], 0, 0, 0
         for end in (e for _, e, *_ in words if e in both):
             t0, w0 = t, w  # the first token and the first word of this unit

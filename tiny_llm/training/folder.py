@@ -6,13 +6,14 @@
 __all__ = ['WEIGHTS', 'SUMS', 'ABOUT', 'INNER', 'mend', 'swap_in', 'save', 'model_folder', 'load']
 
 # %% ../../nbs/3_training/02_folder.ipynb #f11fce4a
-import contextlib, ctypes, json, os, re, shutil, time
+import contextlib, ctypes, json, os, re, shutil, time, warnings
 from pathlib import Path
 import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load as tensors_from, save as tensors_to
 from ..basics import UserError, did_you_mean, note, pick_device, read_json, sha256, write_file
-from ..transformer.huggingface import families, family, from_hf, from_hf_config, hf_views, to_hf
+from ..transformer.huggingface import (QWEN2_PATTERN, as_llama, families, family, from_hf, from_hf_config, hf_views,
+                                              to_hf)
 from ..transformer.model import n_params
 from ..transformer.sizes import count_params
 from ..text.tokenizer import Tokenizer
@@ -134,6 +135,12 @@ def _files(
 ):               # dict: file name -> str or bytes, all but the tokenizer's and the card
     "The contents of a model folder."
     config, state = to_hf(model)
+    # transformers gives Qwen2's kind Qwen2's tokenizer, whatever the folder holds
+    if config["model_type"] == "qwen2" and json.dumps(QWEN2_PATTERN) not in tok.json_text:
+        config, state = as_llama(config, state)
+        if config["model_type"] == "qwen2":
+            warnings.warn("a Qwen2 with a window: AutoTokenizer puts Qwen2's own tokenizer in place of this one; "
+                          "open it with PreTrainedTokenizerFast", stacklevel=3)
     ends = [i for i in dict.fromkeys((tok.eos, tok.end, *sorted(tok.ends))) if i is not None]
     ids = dict(bos_token_id=tok.bos, eos_token_id=ends[0] if ends else None, pad_token_id=tok.pad)
     config |= {**ids, "tiny_llm": {**config.get("tiny_llm", {}), "tokenizer_sha256": _fingerprint(tok)}}
