@@ -404,26 +404,41 @@ def chat(
 @command
 @takes_settings(but=["model", "betas", "preset", "vocab_size", "column"])
 def finetune(
-    model: str = QUICK,       # model folder or run folder to begin with
+    model: str = None,        # model folder or run folder to begin with; left out: runs/quickstart
     out: str = "runs/chat",   # run folder to make
     config: str = None,       # settings file, JSON or YAML, or a run's config.json; options on the line win
     device: str = "auto",     # auto, cpu, cuda, mps
-    resume: bool = False,     # go on with the run in out: the same line again, and --resume
+    resume: bool = False,     # go on with the run in out; what is asked for besides must agree with it
     **kwargs,                 # settings of `TrainConfig`; data: stories, or a file, folder or dataset of conversations
 ):
     "Teach a model to answer, from conversations."
+    began, out = time.perf_counter(), Path(out).expanduser()
     from tiny_llm.assistant.finetune import finetune as fit, read_conversations
     from tiny_llm.training.run import past_run
     asked, _ = settings_of(config, kwargs, "finetune")
-    past_run(Path(out), resume)
-    data, limit = asked.data or "stories", asked.limit
-    chats = read_conversations(data, "train", limit, asked.seed)
-    held = read_conversations(data, "val", limit and max(1, limit // 20), asked.seed)   # None: `fit` holds a part out
-    net, tok = open_model(model, device)
-    if held: note(f"{data}: {len(chats):,} conversations to learn from, {len(held):,} held out")
-    run = fit(net, tok, chats, changed(asked, data=data), val=held, out=out, device=device, resume=resume)
+    with owned(out if past_run(out, resume) else None):
+        past = past_run(out, resume)
+        text = past[0] if past else asked           # a run that goes on reads its own conversations again
+        data, limit = asked.data or text.data or "stories", asked.limit or text.limit
+        chats = read_conversations(data, "train", limit, text.seed)
+        held = read_conversations(data, "val", limit and max(1, limit // 20), text.seed)   # None: `fit` holds a part out
+        net, tok = open_model(_start_of(past, model, out), device)
+        if held: note(f"{data}: {len(chats):,} conversations to learn from, {len(held):,} held out")
+        run = fit(net, tok, chats, asked if past else changed(asked, data=data), val=held, out=out, device=device,
+                  resume=resume, began=began)
     print(table(train_rows(finished(run, "the same line with --resume"))))
     return run
+
+# %% ../../nbs/5_deployment/05_cli.ipynb #e3d8e6a2
+def _start_of(past, model, out):
+    "The folder of the model that a fine-tuning begins or goes on with."
+    from tiny_llm.training.folder import model_folder
+    start = past and past[1].get("began_with")
+    if start and model and os.path.realpath(model_folder(model)) != os.path.realpath(start):
+        raise UserError(f"model is {model}, but the run in {out} began with {start}; leave --model out, "
+                        "or choose another folder")
+    if past and (out / "last").exists(): return out / "last"
+    return model or start or QUICK
 
 # %% ../../nbs/5_deployment/05_cli.ipynb #86817247
 @command
