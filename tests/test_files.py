@@ -143,7 +143,7 @@ def test_splits_share_nothing_and_cut_no_word(docs):
 
 # One by one ------------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("mark", [";", "\t", "|"])
+@pytest.mark.parametrize("mark", [";", "\t", "|", "^"])
 def test_a_table_is_not_one_column_of_whole_lines(tmp_path, mark):
     put(tmp_path, "a.csv", f"id{mark}text\n1{mark}One, two.\n2{mark}Three.\n")
     assert documents(tmp_path/"a.csv", "all") == ["One, two.", "Three."]
@@ -152,7 +152,7 @@ def test_a_table_is_not_one_column_of_whole_lines(tmp_path, mark):
 @pytest.mark.parametrize("name, data, says", [
     ("a.csv", "text,id,text\na,1,b\n", "2 columns of the name 'text'"), ("a.csv", "id;text\n1;a;b\n", "2 columns, but 3 fields in the row that begins in line 2"),
     ("a.csv", "id;text,raw\n1;a, b\n", "cannot be told: its header holds commas and semicolons"), ("a.jsonl", '{"text": "a", "text": "b"}', "has the name 'text' twice"),
-    ("a.tsv", "text\ttext\na\tb\n", "2 columns of the name 'text'")])
+    ("a.csv", 'text\n"one" two\n', "the end of the field expected after"), ("a.tsv", "text\ttext\na\tb\n", "2 columns of the name 'text'")])
 def test_a_table_that_would_lose_something_is_refused(tmp_path, name, data, says):
     put(tmp_path, name, data)
     assert says in all_of(documents, tmp_path/name, "all")
@@ -178,7 +178,7 @@ def test_nothing_is_held_out_of_a_short_document(tmp_path, capsys):
     ("cp1252", "WINDOWS-1252", "“Yes,” she said – and left."), ("latin-1", "ISO-8859-1", "Grüße aus Köln"), ("gbk", "GB18030", "你好,世界。今天天气很好,我们去公园玩。"),
     ("cp932", "SHIFT_JIS", "こんにちは、世界。今日はいい天気です。"), ("euc-jp", "EUC-JP", "こんにちは、世界。今日はいい天気です。"), ("euc-kr", "EUC-KR", "안녕하세요. 오늘은 날씨가 좋습니다."),
     ("big5", "BIG5", "今天天氣很好,我們去公園玩。"), ("cp1251", "WINDOWS-1251", "Привет, мир. Сегодня хорошая погода."), ("koi8-r", "KOI8-R", "Привет, мир. Сегодня хорошая погода."),
-    ("cp1250", "WINDOWS-1250", "Łódź, żółw, źdźbło"), ("iso8859-7", "ISO-8859-7", "Καλημέρα κόσμε"), ("mac-roman", "MACINTOSH", "Grüße, älter, öfter")])
+    ("cp1250", "WINDOWS-1250", "Łódź, żółw, źdźbło"), ("iso8859-7", "ISO-8859-7", "Καλημέρα κόσμε"), ("mac-roman", "MACINTOSH", "Grüße, älter, öfter"), ("cp874", "CP874", "สวัสดีชาวโลก")])
 def test_the_encoding_that_is_named_fits_the_bytes(tmp_path, coding, name, text):
     put(tmp_path, "my notes.txt", text.encode(coding))
     said = all_of(documents, tmp_path/"my notes.txt")

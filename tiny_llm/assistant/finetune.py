@@ -123,6 +123,8 @@ def read_conversations(
         if lack := _lacks(messages): left_out.append(f"{place} has {lack}")
         else: found.append(messages)
         if len(found) == limit: break
+    named = isinstance(source, (str, Path))
+    if named and not (found or left_out): raise UserError(f"{source} holds no conversation")
     if left_out and not found: raise UserError(f"there is no conversation to learn from: {left_out[0]}")
     if left_out: note(f"{len(left_out):,} rows with nothing to learn were left out; {left_out[0]}")
     return found

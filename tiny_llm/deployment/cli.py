@@ -278,10 +278,11 @@ def read_text(
     from tiny_llm.text.sources import documents, held_out
     data, limit, how = config.data or "stories", config.limit, (config.seed, config.column)
     docs = documents(data, "train", limit, *how)
-    val = held_out(data, limit and max(1, limit // 20), *how) or False      # False: too little text, no loss
     tok = tok or vocabulary(docs, config.vocab_size)
     tokens = tokenize(docs, tok)
     note(f"{data}: {len(docs):,} documents, {tokens.n_bytes:,} bytes, {tokens.n_tokens:,} tokens of {len(tok):,}")
+    tokens.require(config.ctx or 32)
+    val = held_out(data, limit and max(1, limit // 20), *how) or False      # False: too little text, no loss
     return tok, tokens, val
 
 # %% ../../nbs/5_deployment/05_cli.ipynb #c1402c35

@@ -132,7 +132,8 @@ _cyrillic = "оеаинтсрвлкмдпуяыьгзбчйхжшюцщэф"
 CODINGS = (("WINDOWS-1252", "cp1252", _western), ("WINDOWS-1250", "cp1250", "ąćęłńóśźżšťčřžýáíéůúěďňőűöüŁŚŻŹĆČŠŘŽ„”–"),
            ("MACINTOSH", "mac-roman", _western), ("CP850", "cp850", _western),
            ("WINDOWS-1251", "cp1251", _cyrillic), ("KOI8-R", "koi8-r", _cyrillic), ("CP866", "cp866", _cyrillic),
-           ("ISO-8859-7", "iso8859-7", "αβγδεζηθικλμνξοπρσςτυφχψωάέήίόύώ"))  # for iconv, for Python, frequent letters
+           ("ISO-8859-7", "iso8859-7", "αβγδεζηθικλμνξοπρσςτυφχψωάέήίόύώ"),
+           ("CP874", "cp874", "านรกอเงมยลวดทสตะปบคหจพชขใไโแศ่้ีิัุู์็ึ"))  # for iconv, for Python, frequent letters
 WIDE_CODINGS = (("SHIFT_JIS", "cp932", "".join(map(chr, range(0x3041, 0x30fb)))),
                 ("EUC-JP", "euc-jp", "".join(map(chr, range(0x3041, 0x30fb)))),
                 ("EUC-KR", "cp949", "이다는을의에가고하지한로기사나도를은어요안세서니습있"),
@@ -149,7 +150,8 @@ def guess_coding(
         foreign = [c for c in text if c > "\x7f" and c != "\xa0"]
         return sum(c in frequent for c in foreign) / max(1, len(foreign))
     longer = re.search(rb"[\x80-\xff]{4}", data)              # letters of two bytes, or words without a Latin letter
-    known = CODINGS if longer else CODINGS[:4]
+    foreign = longer and len(re.findall(rb"[\x80-\xff]", data)) > 2 * len(re.findall(rb"[A-Za-z]", data))
+    known = CODINGS[4:] if foreign else CODINGS if longer else CODINGS[:4]
     wide = max((share(c, f), -i, name) for i, (name, c, f) in enumerate(WIDE_CODINGS)) if longer else (0,)
     best = max((share(c, f), -i, name) for i, (name, c, f) in enumerate(known))
     if wide[0] > 0.1 and best[0] < 0.8: return wide[2]
@@ -303,7 +305,8 @@ def json_rows(
         raise UserError(f"{path} is no valid JSON: {said}{at}{more}.") from None
 
 # %% ../../nbs/2_text/07_sources.ipynb #98bb3f63
-DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
+DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars", "^": "carets", "~": "tildes",
+              "\1": "control-A", "\x1f": "unit separators"}
 _NEVER = "\ud800"   # half a character: it separates nothing, since no text that was decoded holds it
 
 def _widths(lines, delimiter):
@@ -361,7 +364,7 @@ def csv_rows(
             if row: yield dict(zip(names, row + [None] * (len(names) - len(row))))
             n = before + reader.line_num
     except csv.Error as e:
-        said = str(e).replace(repr(mark), "the end of the field")
+        said = str(e).replace(f"'{mark}'", "the end of the field")
         raise UserError(f"{path} is no valid CSV: {said}, in the row that begins in line {n + 1}; "
                         'a quote inside a quoted field is written twice ("").') from None
 
@@ -794,7 +797,7 @@ def _counted(docs, name, split, start):
     except Exception as e:
         if not isinstance(e, _Broken): raise
         raise UserError(f"{e}. {n:,} documents of {split} came before it; go on with start={n}") from None
-    if not n: raise UserError(f"{name} has no text for the split {split}; give more text.")
+    if not n: raise UserError(f"{name} has no text{f' for the split {split}' * (split != 'all')}; give more text.")
     if start > n: raise UserError(f"start is {start:,}, but {name} has {n:,} documents of {split}.")
 
 # %% ../../nbs/2_text/07_sources.ipynb #c1e07546
