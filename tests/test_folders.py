@@ -1,11 +1,9 @@
 "Model folders that came back from elsewhere, and folders cut and mutated at random: the same model, another that is whole, or one line."
-import json, math, random, shutil
+import json, math, shutil, struct
 from pathlib import Path
 
 import pytest
 from hypothesis import given, strategies as st
-
-from house import files
 
 
 # Cut and mutated -----------------------------------------------------------------------------------------------------
@@ -64,6 +62,9 @@ def mutated(draw, name, data):
     if how == "more": return data + draw(st.binary(min_size=1, max_size=20))
     weights = name.endswith(".safetensors")
     n = int.from_bytes(data[:8], "little") if weights else 0
+    if weights and draw(st.booleans()):
+        at = 8 + n + 4 * draw(st.integers(0, (len(data) - 8 - n) // 4 - 1))
+        return data[:at] + struct.pack("<f", draw(st.sampled_from([math.nan, math.inf, -math.inf, 3e38, -0.0, 1e-45]))) + data[at + 4:]
     if how == "bytes" or not (name.endswith(".json") or weights):
         changed = bytearray(data)
         for _ in range(draw(st.integers(1, 4))):
