@@ -156,3 +156,36 @@ def test_many_processes_are_refused(tmp_path):
                            env=environment(PYTHONPATH=str(ROOT), WORLD_SIZE="2", RANK=rank))
         assert p.returncode == 2 and p.stderr.count("one of 2 processes") == said and p.stderr.count("\n") == said, p.stderr
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("wish", ["--ctx 64", "--lr 0.5", "--batch 3", "--seed 9", "--optimizer adamw", "--data stories=1", "--limit 5", "--steps 99", "--model runs/other",
+                                  "--vocab_size 999", "--preset quick"])
+@pytest.mark.parametrize("kind", ["train", "finetune"])
+def test_other_wishes_are_refused_at_a_resume(begun, kind, wish):
+    if kind == "train" and "--model" in wish or kind == "finetune" and wish.split()[0] in ("--vocab_size", "--preset"): return    # no such option
+    from tiny_llm.deployment.cli import try_line
+    before = {p: p.stat().st_mtime_ns for p in (begun/f"runs/{kind}").rglob("*")}
+    code, out, err = try_line(f"{kind} --out runs/{kind} --resume {wish}", show=False)
+    name = wish.split()[0][2:]
+    assert code == 2 and err.startswith(f"tiny_llm: {name} is ") and f"the run in runs/{kind} " in err and err.count("\n") == 1, err
+    now = {p: p.stat().st_mtime_ns for p in before if p.name not in (".lock", ".owner") and p != begun/f"runs/{kind}"}
+    assert all(before[p] == t for p, t in now.items())
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory):
+    "A training and a fine-tuning that wait to be resumed."
+    from tiny_llm.deployment.cli import try_line
+    from tiny_llm.training.run import read_sealed, write_sealed
+    room = tmp_path_factory.mktemp("begun")
+    with pytest.MonkeyPatch.context() as m:
+        m.chdir(room)
+        shape = "--data stories --limit 200 --vocab_size 300 --preset tiny --ctx 128 --batch 2 --steps 6"
+        assert try_line(f"train {shape} --out runs/base", show=False)[0] == 0
+        assert try_line(f"train {shape} --seed 1 --out runs/other", show=False)[0] == 0
+        assert try_line(f"train {shape} --out runs/train", show=False)[0] == 0
+        assert try_line("finetune --model runs/base --limit 200 --ctx 128 --batch 2 --steps 6 --out runs/finetune", show=False)[0] == 0
+        for kind in ("train", "finetune"):           # as a stop would have left them
+            file = room/f"runs/{kind}/summary.json"
+            write_sealed(file, {**read_sealed(file), "stopped": "paused"})
+        yield room

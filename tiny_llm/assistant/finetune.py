@@ -191,7 +191,7 @@ def finetune(
     settings = past[0] if past else config or TrainConfig()
     seed = settings.seed if past or kwargs.get("seed") is None else kwargs["seed"]   # the same part at a resume
     limit = kwargs.get("limit") or settings.limit
-    ctx = ctx or settings.ctx or model.cfg.ctx
+    wish, ctx = ctx, ctx or settings.ctx or model.cfg.ctx
     named = isinstance(conversations, (str, Path))
     chats = read_conversations(conversations, "train", limit, seed)
     if val is None and named: val = read_conversations(conversations, "val", limit and max(1, limit // 20), seed)
@@ -203,6 +203,7 @@ def finetune(
         pairs, held = hold_out(pairs, seed)
         if not kwargs.get("quiet"): note(f"{len(pairs):,} conversations to learn from, {len(held):,} held out")
     held = _weighted(held, tok) if held else False
+    ctx = wish if past else ctx           # of a run that goes on `train` compares what was asked for
     return train(model, tok, _weighted(pairs, tok, replay), config, val=held, ctx=ctx, **kwargs)
 
 # %% ../../nbs/4_assistant/02_finetune.ipynb #f50eefc3

@@ -19,7 +19,7 @@ from pathlib import Path
 from fastcore.meta import delegates
 
 from ..basics import UserError, did_you_mean, note, owned, pick_device, single_process, write_file
-from ..training.config import TrainConfig, changed, read_config, split_record, takes_settings, to_dict
+from ..training.config import TrainConfig, changed, read_config, split_record, takes_settings
 from .quickstart import QUICK, clock, finished, judged_rows, loss_rows, open_model, table, vocabulary
 
 # %% ../../nbs/5_deployment/05_cli.ipynb #0bc6496c
@@ -334,14 +334,12 @@ def train(
 # %% ../../nbs/5_deployment/05_cli.ipynb #f6575ba9
 def _train(asked, made, config, given, out, device, resume, began):
     import torch
-    from tiny_llm.training.run import FREE, past_run, resumed
+    from tiny_llm.training.run import FREE, past_run, resumed, wishes
     from tiny_llm.training.train import train as fit
     from tiny_llm.transformer.model import ModelConfig, Transformer
     past, tok = past_run(out, resume), None
     if past:
-        usual = to_dict(TrainConfig())
-        wishes = {*given, *(n for n, v in to_dict(asked).items() if config is not None and v != usual[n])}
-        asked = resumed(past[0], {name: getattr(asked, name) for name in wishes}, out)
+        asked = resumed(past[0], wishes(asked, given, config), out)
         if (out / "last").exists(): tok = open_model(out / "last", "cpu")[1]
     tok, tokens, val = read_text(asked, tok)
     tokens.require(asked.ctx or 32)
@@ -415,15 +413,17 @@ def finetune(
     "Teach a model to answer, from conversations."
     began, out = time.perf_counter(), Path(out).expanduser()
     from tiny_llm.assistant.finetune import finetune as fit, read_conversations
-    from tiny_llm.training.run import past_run
+    from tiny_llm.training.run import past_run, resumed, wishes
     asked, _ = settings_of(config, kwargs, "finetune")
     with owned(out if past_run(out, resume) else None):
         past = past_run(out, resume)
-        text = past[0] if past else asked           # a run that goes on reads its own conversations again
-        data, limit = asked.data or text.data or "stories", asked.limit or text.limit
+        if past: text = resumed(past[0], wishes(asked, kwargs, config), out)    # it reads its own conversations again
+        else: text = asked
+        start = _start_of(past, model, out)
+        data, limit = text.data or "stories", text.limit
         chats = read_conversations(data, "train", limit, text.seed)
         held = read_conversations(data, "val", limit and max(1, limit // 20), text.seed)   # None: `fit` holds a part out
-        net, tok = open_model(_start_of(past, model, out), device)
+        net, tok = open_model(start, device)
         if held: note(f"{data}: {len(chats):,} conversations to learn from, {len(held):,} held out")
         run = fit(net, tok, chats, asked if past else changed(asked, data=data), val=held, out=out, device=device,
                   resume=resume, began=began)

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['BEST_LR', 'TOKENS_PER_BATCH', 'COMPILE_FROM', 'FREE', 'TEXT', 'machine_file', 'kept', 'product_seconds', 'fast_dtype',
-           'can_compile', 'compiled', 'shortened', 'at_most', 'total_operations', 'resolved', 'resumed', 'Clock',
-           'write_sealed', 'read_sealed', 'write_checkpoint', 'sweep', 'read_checkpoint', 'disk_errors', 'plot_run',
-           'png_of', 'read_metrics', 'Run', 'past_run', 'stop_requests', 'Progress']
+           'can_compile', 'compiled', 'shortened', 'at_most', 'total_operations', 'resolved', 'resumed', 'wishes',
+           'Clock', 'write_sealed', 'read_sealed', 'write_checkpoint', 'sweep', 'read_checkpoint', 'disk_errors',
+           'plot_run', 'png_of', 'read_metrics', 'Run', 'past_run', 'stop_requests', 'Progress']
 
 # %% ../../nbs/3_training/04_run.ipynb #a22f8cf4
 import base64, contextlib, errno, io, json, math, os, platform, shutil, signal, sys, textwrap, time, warnings
@@ -175,6 +175,17 @@ def resumed(
         raise UserError(f"{name} is {value}, but the run in {folder} was started {started}; "
                         f"leave {name} out, or choose another folder")
     return replace(past, **{name: given[name] for name in free if given.get(name)})
+
+# %% ../../nbs/3_training/04_run.ipynb #ea2d8145
+def wishes(
+    asked: TrainConfig,
+    given,                # names that were given one by one
+    config=None,          # settings file or TrainConfig besides, or None
+) -> dict:                # by name, for `resumed`
+    "The settings that somebody asked for."
+    usual = to_dict(TrainConfig())
+    names = {*given, *(n for n, v in to_dict(asked).items() if config is not None and v != usual[n])}
+    return {name: getattr(asked, name) for name in names}
 
 # %% ../../nbs/3_training/04_run.ipynb #a85473b0
 class Clock:

@@ -21,14 +21,14 @@ from ..transformer.sizes import count_params
 from ..transformer.huggingface import family
 from ..text.batches import Batch, Tokens, tokenize
 from ..text.large_corpora import LargeBatches
-from ..text.sources import documents
+from ..text.sources import documents, held_out
 from .optim import clip_gradients, make_optimizer, schedule
 from .folder import swap_in
 from .config import (TrainConfig, changed, check_number, read_config, split_record, takes_settings,
                                       to_dict)
 from .run import (Clock, Progress, Run, at_most, can_compile, compiled, disk_errors, past_run, png_of,
                                    read_checkpoint, read_metrics, resolved, resumed, shortened, stop_requests, sweep,
-                                   write_checkpoint, write_sealed)
+                                   wishes, write_checkpoint, write_sealed)
 
 # %% ../../nbs/3_training/05_train.ipynb #4d569a63
 def loss_of(
@@ -107,8 +107,9 @@ def glimpse(
     gen = torch.Generator().manual_seed(seed)
     ids = [tok.bos if tok.bos is not None else tok.eos, *tok.encode(prompt)]
     for _ in range(n):
-        logits = model(torch.tensor([ids[-model.cfg.ctx:]], device=model.device))[0, -1, :len(tok)].float().cpu()
+        logits = model(torch.tensor([ids[-model.cfg.ctx:]], device=model.device))[0, -1].float().cpu()
         if not logits.isfinite().all(): raise UserError("weights of this model are NaN or infinite; it can say nothing")
+        logits[tok.nameless(len(logits))] = -math.inf       # rows of the head that belong to no token
         ids.append(torch.multinomial(softmax(logits, temperature), 1, generator=gen).item())
         if ids[-1] == tok.eos: break
     return tok.decode(ids[1:], special=False)
@@ -262,7 +263,7 @@ def _split(
     elif val is None and isinstance(docs, list) and len(docs) > 1 and not isinstance(docs[0], str):
         held = set(random.Random(seed).sample(range(len(docs)), max(1, len(docs) // 20)))   # a file may be sorted
         docs, val = ([d for i, d in enumerate(docs) if (i in held) == wanted] for wanted in (False, True))
-    elif val is None and not isinstance(docs, Tokens): docs, val = documents(docs, "train"), documents(docs, "val")
+    elif val is None and not isinstance(docs, Tokens): docs, val = documents(docs, "train"), held_out(docs)
     if isinstance(docs, (str, Path)): docs = documents(docs, "train")
     return docs, None if val is False else val
 
@@ -511,9 +512,7 @@ def _settings(config, given, model, device, folder, resume):
     asked = changed(config or TrainConfig(), "train", **given)
     past = past_run(folder, resume)
     if not past: return resolved(asked, model, device), None
-    usual = to_dict(TrainConfig())          # what a config leaves at its default was not asked for
-    names = {*given, *(n for n, v in to_dict(asked).items() if v != usual[n])} if config else given
-    return resumed(past[0], {name: getattr(asked, name) for name in names}, folder), past[1]
+    return resumed(past[0], wishes(asked, given, config), folder), past[1]
 
 # %% ../../nbs/3_training/05_train.ipynb #54d8d5e2
 def _training(docs, val, tok, floor, began, asked):
@@ -525,7 +524,8 @@ def _training(docs, val, tok, floor, began, asked):
     if name and made is None: config = replace(config, data=name)
     if docs is None and (config.limit or config.column):
         source = documents(name, "train", config.limit, column=config.column)
-        if val is None: val = documents(name, "val", config.limit and max(1, config.limit // 20), column=config.column)
+        less = config.limit and max(1, config.limit // 20)
+        if val is None: val = held_out(name, less, column=config.column) or False      # False: too little text
     cap = min(65536, max(4096, int((config.minutes or 2) * 8_000)))       # an evaluation should take seconds
     tokens, held, least = train_and_val(source, val, tok, cap, config.seed)
     clock = Clock(config.minutes, config.steps, began)
