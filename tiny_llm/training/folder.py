@@ -6,12 +6,12 @@
 __all__ = ['WEIGHTS', 'SUMS', 'INNER', 'mend', 'swap_in', 'save', 'model_folder', 'load']
 
 # %% ../../nbs/3_training/02_folder.ipynb #f11fce4a
-import contextlib, ctypes, json, os, re, shutil, time
+import contextlib, ctypes, json, os, re, shutil, time, warnings
 from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import load as tensors_from, save as tensors_to
 from ..basics import UserError, did_you_mean, pick_device, read_json, sha256, write_file
-from ..transformer.huggingface import families, family, from_hf, to_hf
+from ..transformer.huggingface import elsewhere, families, family, from_hf, to_hf
 from ..transformer.model import n_params
 from ..text.tokenizer import Tokenizer
 from ..transformer.gguf import open_gguf
@@ -138,6 +138,8 @@ def save(
         swap_in(new, folder)
     except OSError as e: raise UserError(f"{folder} could not be written ({e.strerror})") from e
     finally: shutil.rmtree(new, ignore_errors=True)
+    for said in elsewhere(model.cfg):   # what other programs would ignore without a word
+        warnings.warn(said, stacklevel=2)
     return folder
 
 # %% ../../nbs/3_training/02_folder.ipynb #c2dc8b0f
