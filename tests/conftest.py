@@ -17,6 +17,7 @@ sys.path[:0] = [p for p in (str(ROOT), str(ROOT/"tests"), str(ROOT/"nbs"/"_tools
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="run the tests marked slow too")
+    parser.addoption("--mutants", action="store_true", help="plant the bugs of tests/mutants/ one by one; who notices them?")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -33,7 +34,9 @@ def pytest_xdist_make_scheduler(config, log):
     "Workers share the notebooks one by one; the tests of every other file stay together, in order: some build on those before them."
     from xdist.scheduler import LoadScopeScheduling
     class ByFile(LoadScopeScheduling):
-        def _split_scope(self, nodeid): return nodeid if "test_notebooks" in nodeid else nodeid.split("::")[0]
+        def _split_scope(self, nodeid):
+            alone = "test_notebooks" in nodeid or "test_noticed" in nodeid
+            return nodeid if alone else nodeid.split("::")[0]
     return ByFile(config, log)
 
 
@@ -44,9 +47,29 @@ def pytest_configure(config):
     settings.register_profile("slow", max_examples=10_000, deadline=None, database=None, suppress_health_check=list(HealthCheck))
     settings.load_profile("slow" if config.getoption("--slow") or config.option.markexpr == "slow" else "default")
     config.addinivalue_line("markers", "slow: takes minutes; left out unless --slow or -m is given")
-    if not config.option.markexpr and not config.getoption("--slow"): config.option.markexpr = "not slow"
+    config.addinivalue_line("markers", "mutant: plants a bug and runs the tests near it; only with --mutants, and then alone")
+    mutants = config.getoption("--mutants")
+    if mutants: config.option.markexpr = "mutant"
+    elif not config.option.markexpr: config.option.markexpr = "not mutant" if config.getoption("--slow") else "not slow and not mutant"
+    else: config.option.markexpr = f"({config.option.markexpr}) and not mutant"
     if config.args_source is pytest.Config.ArgsSource.INVOCATION_DIR and config.invocation_params.dir == ROOT:
-        config.args = [str(ROOT/"tests")]
+        config.args = [str(ROOT/"tests"/"test_mutants.py" if mutants else ROOT/"tests")]
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    "The table of mutants: module, what it is, who noticed, what was said; and the score."
+    if not config.getoption("--mutants"): return
+    reports = [r for kind in ("passed", "failed") for r in terminalreporter.stats.get(kind, []) if r.when == "call"]
+    rows = sorted(dict(r.user_properties)["mutant"] for r in reports if "mutant" in dict(r.user_properties))
+    if not rows: return
+    terminalreporter.section("mutants")
+    widths = [max(len(row[i]) for row in rows) for i in range(3)]
+    for row in rows:
+        terminalreporter.write_line("  ".join([*(text.ljust(w) for text, w in zip(row, widths)), row[3]]))
+    count = {who: sum(row[2] == who for row in rows) for who in ("notebook", "tests", "nobody")}
+    found = count["notebook"] + count["tests"]
+    terminalreporter.write_line(f"{found} of {len(rows)} noticed ({found / len(rows):.0%}): {count['notebook']} by their notebook, "
+                                f"{count['tests']} by the tests near it, {count['nobody']} by nobody")
 
 
 @pytest.fixture(scope="session")

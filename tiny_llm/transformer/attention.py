@@ -34,7 +34,9 @@ def _plain(q, k, v, mask):
     scores = scores.view(B, H, T, S)
     # not minus infinity: a row with nothing to look at would be 0/0
     if mask is not None: scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    return (scores.softmax(-1).to(v.dtype).view(B, K, H // K * T, S) @ v).view(B, H, T, D)
+    out = (scores.softmax(-1).to(v.dtype).view(B, K, H // K * T, S) @ v).view(B, H, T, D)
+    # such a row is now the mean of all values, the future's too; the kernel gives 0, and so do we
+    return out if mask is None else out.masked_fill(~mask.any(-1, keepdim=True), 0)
 
 # %% ../../nbs/1_transformer/02_attention.ipynb #fd88047b
 def _fused(q, k, v, mask, causal):
@@ -65,7 +67,8 @@ def attention(
     # measured: in half precision on a CPU, the kernel's backward pass is slower than plain operations
     slow_backward = q.device.type == "cpu" and q.requires_grad and q.dtype in (torch.bfloat16, torch.float16)
     if fused is None: fused = not slow_backward
-    square = mask is None and T == S and T > 1  # the one mask that the kernel need not be given
+    # the one mask that the kernel need not be given. `if`: in torch.export, T == S is a symbol, not a bool
+    square = True if mask is None and T == S else False
     if mask is None and T > 1 and not (fused and square): mask = causal_mask(T, S, q.device)
     return _fused(q, k, v, mask, square) if fused else _plain(q, k, v, mask)
 

@@ -48,9 +48,9 @@ def _tiles(T, S, mask, window, tile, device):
 
 # %% ../../nbs/1_transformer/03_flash.ipynb #6b081a6b
 def _scores(q, k, rows, cols, see):
-    "One tile of scores (B, K, G, t, s), in float32 at least; hidden ones get the lowest number."
+    "One tile of scores (B, K, G, t, s), in float32 at least; hidden ones are minus infinity."
     z = (q[..., rows, :] @ k[:, :, None, cols].mT).to(torch.promote_types(q.dtype, torch.float32))
-    return z if see is None else z.masked_fill(~see, torch.finfo(z.dtype).min)
+    return z if see is None else z.masked_fill(~see, -torch.inf)
 
 # %% ../../nbs/1_transformer/03_flash.ipynb #ad0176e7
 def _forward(q, k, v, *how):
@@ -62,10 +62,12 @@ def _forward(q, k, v, *how):
         l, m = torch.zeros_like(o[..., :1]), torch.full_like(o[..., :1], -torch.inf)
         for cols, see in looked:
             z = _scores(q, k, rows, cols, see)
-            new = torch.maximum(m, z.amax(-1, keepdim=True))
+            # the lowest number as long as all is hidden: minus infinity from itself would be no number
+            new = torch.maximum(m, z.amax(-1, keepdim=True)).clamp(min=torch.finfo(wide).min)
             fade, add = (m - new).exp(), (z - new).exp()
             l, m = fade * l + add.sum(-1, keepdim=True), new
             o = fade * o + add.to(v.dtype) @ v[:, :, None, cols]
+        l = l.clamp(min=1)  # the largest score adds 1; less is a query that may look nowhere: o is 0
         out[..., rows, :], lse[..., rows] = o / l, (m + l.log()).squeeze(-1)
     return out, lse
 
@@ -121,12 +123,12 @@ def attention_weights(
     q,          # (B, H, T, D) queries
     k,          # (B, K, S, D) keys
     mask=None,  # bool, broadcasts to (B, H, T, S); None: causal
-):              # (B, H, T, S), rows add up to 1
+):              # (B, H, T, S), rows add up to 1, or to 0 where a query may look nowhere
     "The weights themselves, for pictures and counts: equation (1.02.5) without the values."
     H, T, D, (K, S) = *q.shape[1:], k.shape[1:3]
     scores = ((q * D ** -0.5).unflatten(1, (K, H // K)) @ k[:, :, None].mT).flatten(1, 2)
     mask = causal_mask(T, S, q.device) if mask is None else mask
-    return scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(-1)
+    return scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(-1).masked_fill(~mask, 0)
 
 # %% ../../nbs/1_transformer/03_flash.ipynb #1ba0308b
 def attention_entropy(

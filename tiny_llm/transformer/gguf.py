@@ -15,7 +15,7 @@ import torch
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 from ..basics import UserError
 from .huggingface import from_hf, hf_views
-from .rope import interleaved_to_half
+from .rope import interleaved_to_half, rope_frequencies
 
 # %% ../../nbs/1_transformer/09_gguf.ipynb #8688aeb0
 def _header(
@@ -137,6 +137,18 @@ _block = {"attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k"
           "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
 _outer = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 
+# %% ../../nbs/1_transformer/09_gguf.ipynb #ff9e4318
+_gpt2_block = {"attn_norm": "ln_1", "attn_qkv": "attn.c_attn", "attn_output": "attn.c_proj", "ffn_norm": "ln_2",
+               "ffn_up": "mlp.c_fc", "ffn_down": "mlp.c_proj"}
+_gpt2_outer = {"token_embd": "wte", "position_embd": "wpe", "output_norm": "ln_f", "output": "lm_head"}
+_neox_block = {"attn_norm": "input_layernorm", "attn_qkv": "attention.query_key_value",
+               "attn_output": "attention.dense", "ffn_norm": "post_attention_layernorm",
+               "ffn_up": "mlp.dense_h_to_4h", "ffn_down": "mlp.dense_4h_to_h"}
+_neox_outer = {"token_embd": "gpt_neox.embed_in", "output_norm": "gpt_neox.final_layer_norm", "output": "embed_out"}
+_kinds = {kind: (kind, "model.layers", _block, _outer) for kind in ("llama", "qwen2", "qwen3", "stablelm")}
+_kinds |= {"gpt2": ("gpt2", "h", _gpt2_block, _gpt2_outer),
+           "gptneox": ("gpt_neox", "gpt_neox.layers", _neox_block, _neox_outer)}   # theirs: ours and its names
+
 # %% ../../nbs/1_transformer/09_gguf.ipynb #4738aa8c
 def _read_gguf(
     file  # Path
@@ -164,35 +176,89 @@ def _numbers(
     except NotImplementedError:
         raise UserError(f"{t.name} is of type {t.tensor_type.name}, which gguf cannot dequantize") from None
 
-# %% ../../nbs/1_transformer/09_gguf.ipynb #c436e9f7
+# %% ../../nbs/1_transformer/09_gguf.ipynb #001dec60
+def _llama3(
+    slower,  # (D/2,) rope_freqs of a file
+    base,    # of the rotations
+):           # dict: rope_scaling that has the same effect
+    "Equation (1.09.4) solved for the fields of Llama 3's scaling."
+    D, s = 2 * len(slower), slower.max().item()
+    if s == 1: return {}
+    n = rope_frequencies(D, base)[0] / (2 * math.pi)
+    g = (1 / slower - 1 / s) / (1 - 1 / s)
+    on = ((g > 1e-3) & (g < 1 - 1e-3)).nonzero().flatten().tolist()   # fastest first
+    if len(on) > 1: slope = ((g[on[0]] - g[on[-1]]) / (n[on[0]] - n[on[-1]])).item()
+    else: slope = ((g[on[0]] + 1 / 3) / n[on[0]]).item() if on else (1 / 3 / n[g < 0.5].max()).item()
+    shift = slope * n[on[0]].item() - g[on[0]].item() if len(on) > 1 else 1 / 3
+    out = dict(rope_type="llama3", factor=s, low_freq_factor=1.0, high_freq_factor=1 + 1 / shift,
+               original_max_position_embeddings=slope / shift)
+    got = rope_frequencies(D, base, out)[0] if shift > 0 else None
+    if got is None or not torch.allclose(got * slower, 2 * math.pi * n, rtol=1e-4):
+        raise UserError("rope_freqs.weight is not Llama 3's scaling, and no other is supported")
+    return out
+
+# %% ../../nbs/1_transformer/09_gguf.ipynb #9a8a02b5
+def _gguf_rope(
+    get,      # function: name of a value -> the value, or None
+    tensors,  # dict: name -> the library's tensor
+):            # dict
+    "Base and scaling of the rotations."
+    kind, base = get("rope.scaling.type") or "none", get("rope.freq_base") or 10000.0
+    rope = dict(rope_theta=base) | ({} if kind == "none" else dict(rope_type=kind, factor=get("rope.scaling.factor")))
+    if kind == "yarn":
+        named = dict(original_max_position_embeddings="original_context_length", beta_fast="yarn_beta_fast",
+                     beta_slow="yarn_beta_slow", attention_factor="yarn_attn_factor")
+        rope |= {ours: v for ours, theirs in named.items() if (v := get(f"rope.scaling.{theirs}")) is not None}
+    if "rope_freqs.weight" in tensors: rope |= _llama3(_numbers(tensors["rope_freqs.weight"]), base)
+    return rope
+
+# %% ../../nbs/1_transformer/09_gguf.ipynb #22a90db9
+def _refuse_gguf(
+    kind,  # general.architecture
+    get,   # function: name of a value, default -> the value
+    D      # length of a head
+):
+    "UserError that names the first value that we cannot obey."
+    if kind not in _kinds: raise UserError(f"general.architecture {kind!r} is not supported; {', '.join(_kinds)} are")
+    wrong = {"expert_count": get("expert_count"), "attention.sliding_window": get("attention.sliding_window"),
+             "rope.dimension_count": kind not in ("stablelm", "gptneox") and get("rope.dimension_count", D) != D,
+             "rope.scaling.type": get("rope.scaling.type", "none") not in ("none", "linear", "yarn"),
+             "rope.scaling.attn_factor": get("rope.scaling.attn_factor", 1) != 1,
+             "rope.scaling.yarn_ext_factor": get("rope.scaling.yarn_ext_factor", 1) != 1,
+             "rope.scaling.yarn_log_multiplier": get("rope.scaling.yarn_log_multiplier", 0) != 0}
+    for name, bad in wrong.items():
+        if bad: raise UserError(f"{kind}.{name} = {get(name)!r} is not supported")
+
+# %% ../../nbs/1_transformer/09_gguf.ipynb #a2c840bd
 def _gguf_config(
     values,  # dict of values of the file
     tensors  # dict: name -> the library's tensor
 ):           # dict, a configuration for `from_hf`
     "The same in Hugging Face's words."
     kind = values.get("general.architecture")
-    if kind not in ("llama", "qwen2", "qwen3"):
-        raise UserError(f"general.architecture {kind!r} is not supported; llama, qwen2 and qwen3 are")
     def get(name, default=None): return values.get(f"{kind}.{name}", default)
+    if kind not in _kinds: _refuse_gguf(kind, get, 0)
     needed = ("embedding_length", "attention.head_count", "block_count", "context_length", "feed_forward_length")
     for n in needed:
         if get(n) is None: raise UserError(f"the file has no value {kind}.{n}")
     C, H, L, ctx, F = map(get, needed)
-    D, scaling = get("attention.key_length", C // H), get("rope.scaling.type", "none")
-    # what a file may ask for and our model does not do: read on, it would answer with other numbers
-    wrong = {"expert_count": get("expert_count"), "rope.dimension_count": get("rope.dimension_count", D) != D,
-             "attention.sliding_window": get("attention.sliding_window"),
-             "rope_freqs": "rope_freqs.weight" in tensors, "rope.scaling.type": scaling not in ("none", "linear")}
-    for name, bad in wrong.items():
-        if bad: raise UserError(f"{kind}.{name} = {get(name, 'given')!r} is not supported")
-    rope = dict(rope_theta=get("rope.freq_base", 10000.0))
-    if scaling == "linear": rope |= dict(rope_type="linear", factor=get("rope.scaling.factor", 1.0))
-    return dict(model_type=kind, vocab_size=int(tensors["token_embd.weight"].shape[-1]), hidden_size=C,
-                head_dim=D, max_position_embeddings=ctx, num_hidden_layers=L, intermediate_size=F,
-                num_attention_heads=H,
-                num_key_value_heads=get("attention.head_count_kv", H), rope_parameters=rope,
-                rms_norm_eps=get("attention.layer_norm_rms_epsilon", 1e-5),
-                tie_word_embeddings="output.weight" not in tensors)
+    D, turn = get("attention.key_length", C // H), get("rope.dimension_count")
+    _refuse_gguf(kind, get, D)
+    V, tied = int(tensors["token_embd.weight"].shape[-1]), "output.weight" not in tensors
+    out = dict(model_type=_kinds[kind][0], vocab_size=V, tie_word_embeddings=tied)
+    eps = get("attention.layer_norm_epsilon", 1e-5)
+    if kind == "gpt2": return out | dict(n_positions=ctx, n_embd=C, n_layer=L, n_head=H, n_inner=F,
+                                         layer_norm_epsilon=eps, resid_pdrop=0.0)
+    bias, share = "blk.0.attn_q.bias" in tensors, (turn or D) / D
+    parallel = get("use_parallel_residual", kind == "gptneox")
+    out |= dict(hidden_size=C, max_position_embeddings=ctx, num_hidden_layers=L, intermediate_size=F,
+                num_attention_heads=H, num_key_value_heads=get("attention.head_count_kv", H),
+                rope_parameters=_gguf_rope(get, tensors))
+    if kind == "gptneox": return out | dict(layer_norm_eps=eps, rotary_pct=share, use_parallel_residual=parallel)
+    if kind == "stablelm": return out | dict(layer_norm_eps=eps, partial_rotary_factor=share, use_qkv_bias=bias,
+                                             use_parallel_residual=parallel, hidden_act="silu")
+    if kind == "llama": out |= dict(attention_bias=bias, mlp_bias=bias)
+    return out | dict(head_dim=D, rms_norm_eps=get("attention.layer_norm_rms_epsilon", 1e-5))
 
 # %% ../../nbs/1_transformer/09_gguf.ipynb #76441cde
 _digits = pre_tokenizers.Digits(individual_digits=True)
@@ -205,9 +271,11 @@ def _chunks(pattern):
 
 _modern = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*"
            r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+_marks = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}"   # marks belong to letters
+          r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 _cuts = {"smollm": lambda: pre_tokenizers.Sequence([_digits, _bytes]), "gpt-2": lambda: _bytes,
          "default": lambda: _bytes, "qwen2": lambda: _chunks(_modern % ""),
-         "llama-bpe": lambda: _chunks(_modern % "{1,3}")}
+         "llama-bpe": lambda: _chunks(_modern % "{1,3}"), "qwen35": lambda: _chunks(_marks)}
 
 # %% ../../nbs/1_transformer/09_gguf.ipynb #e30c3734
 def _gguf_tokenizer(
@@ -234,7 +302,7 @@ def _gguf_tokenizer(
 
 # %% ../../nbs/1_transformer/09_gguf.ipynb #3d5a4893
 def open_gguf(
-    file,     # a GGUF file of a Llama, Qwen2 or Qwen3
+    file,     # a GGUF file of a Llama, Qwen2, Qwen3, StableLM, GPT-NeoX or GPT-2
     ctx=None  # longest sequence in tokens; None: that of the file
 ):            # (Transformer in eval mode, tokenizers.Tokenizer, dict of chat_template and special tokens)
     "Open a model of llama.cpp: weights as float32, its tokenizer, its chat template."
@@ -244,14 +312,19 @@ def open_gguf(
     try:
         if "token_embd.weight" not in tensors: raise UserError("it has no token_embd.weight")
         config, state = _gguf_config(values, tensors), {}
+        kind, blocks, inner, outer = _kinds[values["general.architecture"]]
+        H, D = values[f"{values['general.architecture']}.attention.head_count"], config.get("head_dim")
         for name, t in tensors.items():
-            *place, layer, part = name.split(".")  # blk, 3, attn_q, weight
-            known = _block if place else _outer
+            if name == "rope_freqs.weight": continue   # has become a part of the configuration
+            *place, layer, part = name.split(".")      # blk, 3, attn_q, weight
+            known = inner if place else outer
             if layer not in known: raise UserError(f"tensor {name} is not supported")
-            theirs = f"model.layers.{place[-1]}.{known[layer]}" if place else known[layer]
-            # llama.cpp turns neighbours in Llamas, halves in Qwens
-            turned, W = layer in ("attn_q", "attn_k") and config["model_type"] == "llama", _numbers(t)
-            state[f"{theirs}.{part}"] = _sorted(W, config["head_dim"]) if turned else W
+            theirs, W = f"{blocks}.{place[-1]}.{known[layer]}" if place else known[layer], _numbers(t)
+            # llama.cpp turns neighbours in Llamas, halves in the others
+            if kind == "llama" and layer in ("attn_q", "attn_k"): W = _sorted(W, D)
+            if kind == "gpt2" and place and W.dim() > 1: W = W.t()
+            if kind == "gpt_neox" and layer == "attn_qkv": W = W.unflatten(0, (3, H, -1)).transpose(0, 1).flatten(0, 2)
+            state[f"{theirs}.{part}"] = W
         return from_hf(config, state, ctx).eval(), *_gguf_tokenizer(values)
     except UserError as e: raise UserError(f"{file}: {e}") from None  # the parts do not know the file's name
 

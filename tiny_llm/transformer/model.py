@@ -279,8 +279,12 @@ def position_tables(self: Transformer,
     if c.positions == "none": return None, None, None
     cos, sin = self.cos, self.sin
     if c.longest > c.ctx:   # dynamic scaling: beyond ctx the base grows with the sequence
-        end = start + T if positions is None else int(positions.max()) + 1 if positions.numel() else 0
-        if end > c.ctx: cos, sin = self.rotations(torch.arange(end, device=self.device))
+        if torch.compiler.is_exporting(): end = c.longest   # the graph serves all lengths
+        else: end = start + T if positions is None else int(positions.max()) + 1 if positions.numel() else 0
+        if end > c.ctx:
+            at = torch.arange(start + T, device=self.device) if positions is None else positions
+            cos, sin = self.rotations(at)
+            if positions is not None: rows = ...   # the table already has a row per token
     cos, sin = cos[rows], sin[rows]
     if positions is not None:
         cos, sin = cos.unsqueeze(-3), sin.unsqueeze(-3)   # (B, 1, T, Dr): for all heads
@@ -295,7 +299,9 @@ def mask(self: Transformer,
 ):          # bool mask, or None where the causal default of `attention` will do
     "Who may look at whom: the past, within the document, within the window."
     if doc is not None: return document_mask(doc, self.cfg.window)
-    if self.cfg.window is None or self.cfg.window >= start + T: return None
+    # an exported graph serves all lengths
+    longest = self.cfg.longest if torch.compiler.is_exporting() else start + T
+    if self.cfg.window is None or self.cfg.window >= longest: return None
     return causal_mask(T, start + T, self.device, self.cfg.window)
 
 # %% ../../nbs/1_transformer/06_model.ipynb #300f4508
