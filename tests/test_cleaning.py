@@ -116,3 +116,21 @@ def test_progress_goes_to_standard_error_only(tmp_path):
     code = "from tiny_llm.text.cleaning import clean; print(len(list(clean(['a story that is long enough', 'no'] * 3))))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert out.stdout == "1\n" and out.stderr.startswith("clean: 1 kept, 3 too short, 2 exact duplicate"), out
+
+
+def test_a_report_shows_three_examples():
+    report = Report()
+    list(clean(["x"] * 2 + [f"{i}" for i in range(8)], near=None, report=report, progress=False))
+    assert {name: len(shown) for name, shown in report.examples.items()} == {"too short": 3}
+
+
+def test_a_leak_behind_the_first_block_of_a_long_text():
+    "Where in a text of several blocks the shared stretch lies."
+    r = random.Random(0)
+    def noise(n): return "".join(r.choice("abcdefghijklmnopqrstuvwxyz ") for _ in range(n))
+    planted = noise(300)
+    for at in (10, BLOCK_CHARS - 100, BLOCK_CHARS + 5000, 2 * BLOCK_CHARS + 70_000):
+        long = noise(3 * BLOCK_CHARS)
+        long = long[:at] + planted + long[at:]
+        found = leak([noise(1000) + planted + noise(1000)], [long])["longest"][0]
+        assert 300 <= found["characters"] < 310 and found["text"][:80] in long[at - 5:at + 95]

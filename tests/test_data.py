@@ -235,3 +235,16 @@ def test_a_gigabyte_is_cleaned_and_tokenized_in_little_memory(tmp_path, tok):
     assert p.returncode == 0, p.stderr[-2000:]
     print(p.stdout)
     assert int(p.stdout.split()[-2]) < 1500 and "documents" in p.stderr, "under 1.5 GB, and progress was shown"
+
+
+def test_ids_beyond_two_bytes(tok, tmp_path):
+    "A vocabulary of more than 65,536 tokens is kept in four bytes, in memory and in the file."
+    import tokenizers
+    from tiny_llm.text.tokenizer import Tokenizer
+    raw = tokenizers.Tokenizer.from_str(tok.json_text)
+    raw.add_tokens([f"word{i}word" for i in range(70_000)])
+    large = Tokenizer(raw, tok.template, tok.named)
+    last = len(large) - 1
+    for path in (None, tmp_path/"large"):
+        t = tokenize([([last, 7, last - 1], [1.0, 1.0, 1.0])], large, path)
+        assert {last, last - 1} <= set(np.asarray(t.ids).tolist())

@@ -130,3 +130,16 @@ def test_in_chromium(tmp_path, monkeypatch, request):
         time.sleep(0.3)
         page.screenshot(path=tmp_path/"3_dark.png")
         chrome.close()
+
+
+def test_merges_of_a_tokenizer_that_takes_known_chunks_whole():
+    "With `ignore_merges`, a chunk that merges could make goes the same way before its own merge, and is whole from then on."
+    import tokenizers
+    from tiny_llm.text.stories import stories
+    from tiny_llm.text.tokenizer import train_tokenizer
+    tok = train_tokenizer(stories(100), vocab_size=500)
+    spec = json.loads(tok.json_text)
+    spec["model"]["ignore_merges"] = True
+    plain, whole = Merges(tok), Merges(Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(spec))))
+    for s in stories(5, seed=1):
+        for k in (0, 10, 50, 100, len(plain)): assert whole.pieces(s, k) == plain.pieces(s, k)

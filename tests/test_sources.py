@@ -331,3 +331,13 @@ def test_memory_does_not_grow_with_the_file(tmp_path, kind):
         got.append(most_memory(tmp_path/f"{n}{kind}")[1] / 1000)
     print(f"{kind}: 20 MB {got[0]:.0f}, 200 MB {got[1]:.0f} MB")
     assert got[1] < got[0] + 40
+
+
+@pytest.mark.parametrize("copies", (2, 3, 7))
+def test_copies_of_a_document_stay_in_one_split(copies, tmp_path):
+    "Of few documents, which are split by position: a list, and a file of rows."
+    few = [f"Tale {i} tells of {i * i} geese." for i in range(20)]
+    (tmp_path/"rows.jsonl").write_bytes(rows(few * copies))
+    for source in (few * copies, tmp_path/"rows.jsonl"):
+        parts = [set(documents(source, split)) for split in SPLIT_NAMES]
+        assert len(parts[0]) >= 17 and all(parts) and not (parts[0] & parts[1] or parts[0] & parts[2] or parts[1] & parts[2])

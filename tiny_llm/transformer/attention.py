@@ -42,6 +42,7 @@ def _plain(q, k, v, mask):
 def _fused(q, k, v, mask, causal):
     "The same by PyTorch's kernel, which never writes the scores to memory."
     (B, H, T, D), K = q.shape, k.shape[1]
+    if mask is not None: mask = torch.atleast_2d(mask)  # the kernel takes no mask of keys alone
     if T == 1 and (mask is None or mask.dim() < 3 or mask.shape[-3] == 1):
         q = q.reshape(B, K, H // K, D)  # heads of a group become queries of one head: nothing is copied
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).reshape(B, H, 1, D)
@@ -66,7 +67,7 @@ def attention(
         raise UserError(f"the mask is {mask.dtype}; it must be bool, True = may look.")
     # measured: in half precision on a CPU, the kernel's backward pass is slower than plain operations
     slow_backward = q.device.type == "cpu" and q.requires_grad and q.dtype in (torch.bfloat16, torch.float16)
-    if fused is None: fused = not slow_backward
+    if fused is None: fused = torch.compiler.is_exporting() or not slow_backward  # what is exported runs elsewhere
     # the one mask that the kernel need not be given. `if`: in torch.export, T == S is a symbol, not a bool
     square = True if mask is None and T == S else False
     if mask is None and T > 1 and not (fused and square): mask = causal_mask(T, S, q.device)
