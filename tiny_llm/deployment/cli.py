@@ -327,19 +327,20 @@ def train(
     past_run(out, resume)                               # complain before the text is read
     if asked.model: _known_fields(asked.model, config)
     elif asked.preset: shape(asked.preset)
-    with owned(out if resume else None): run = _train(asked, made, config, kwargs, out, device, resume, began)
+    with owned(out if resume else None):
+        run = _train(asked, made, config, kwargs, out, device, resume, began)
     print(table(train_rows(finished(run, "the same line with --resume"))))
     return run
 
 # %% ../../nbs/5_deployment/05_cli.ipynb #f6575ba9
 def _train(asked, made, config, given, out, device, resume, began):
     import torch
-    from tiny_llm.training.run import FREE, past_run, resumed, wishes
+    from tiny_llm.training.run import FREE, past_run, requested, resumed
     from tiny_llm.training.train import train as fit
     from tiny_llm.transformer.model import ModelConfig, Transformer
     past, tok = past_run(out, resume), None
     if past:
-        asked = resumed(past[0], wishes(asked, given, config), out)
+        asked = resumed(past[0], requested(asked, given, config), out)
         if (out / "last").exists(): tok = open_model(out / "last", "cpu")[1]
     tok, tokens, val = read_text(asked, tok)
     tokens.require(asked.ctx or 32)
@@ -413,16 +414,16 @@ def finetune(
     "Teach a model to answer, from conversations."
     began, out = time.perf_counter(), Path(out).expanduser()
     from tiny_llm.assistant.finetune import finetune as fit, read_conversations
-    from tiny_llm.training.run import past_run, resumed, wishes
+    from tiny_llm.training.run import past_run, requested, resumed
     asked, _ = settings_of(config, kwargs, "finetune")
     with owned(out if past_run(out, resume) else None):
         past = past_run(out, resume)
-        if past: text = resumed(past[0], wishes(asked, kwargs, config), out)    # it reads its own conversations again
-        else: text = asked
+        # a run that goes on reads its own conversations again
+        text = resumed(past[0], requested(asked, kwargs, config), out) if past else asked
         start = _start_of(past, model, out)
         data, limit = text.data or "stories", text.limit
         chats = read_conversations(data, "train", limit, text.seed)
-        held = read_conversations(data, "val", limit and max(1, limit // 20), text.seed)   # None: `fit` holds a part out
+        held = read_conversations(data, "val", limit and max(1, limit // 20), text.seed)   # None: `fit` takes a part
         net, tok = open_model(start, device)
         if held: note(f"{data}: {len(chats):,} conversations to learn from, {len(held):,} held out")
         run = fit(net, tok, chats, asked if past else changed(asked, data=data), val=held, out=out, device=device,
@@ -553,7 +554,8 @@ def machine_rows() -> list:   # rows for `table`
     rows = [("tiny_llm", __version__), ("python", platform.python_version()), ("torch", torch.__version__),
             ("device", f"{pick_device()}, {torch.get_num_threads()} threads"),
             ("products", ", ".join(f"{name} {r:,.0f} GFLOP/s" for name, r in rate.items())),
-            ("  measured once", f"and kept in {machine_file()}; trains in {str(fast_dtype('cpu'))[6:]}"), ("presets", "")]
+            ("  measured once", f"and kept in {machine_file()}; trains in {str(fast_dtype('cpu'))[6:]}"),
+            ("presets", "")]
     for name in presets:
         claimed = f", claimed {claims[name]:,.0f}" if name in claims else ""
         rows.append((f"  {name}", f"{sum(count_params(preset(name)).values()):>13,} parameters{claimed}"))

@@ -243,7 +243,8 @@ def placed(
 ):                   # iterator of (name of the place, number of the row from 1, row)
     "The rows of several places, each with its number."
     for where, rows in parts:
-        for n, row in enumerate(rows, 1): yield where, n, row
+        for n, row in enumerate(rows, 1):
+            yield where, n, row
 
 # %% ../../nbs/2_text/07_sources.ipynb #625bc400
 def texts_of(

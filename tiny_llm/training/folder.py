@@ -12,8 +12,8 @@ import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load as tensors_from, save as tensors_to
 from ..basics import UserError, did_you_mean, note, pick_device, read_json, sha256, write_file
-from ..transformer.huggingface import (QWEN2_PATTERN, as_llama, elsewhere, families, family, from_hf, from_hf_config,
-                                              hf_views, to_hf)
+from ..transformer.huggingface import (QWEN2_PATTERN, as_llama, elsewhere, families, family, from_hf,
+                                              from_hf_config, hf_views, to_hf)
 from ..transformer.model import n_params
 from ..transformer.sizes import count_params
 from ..text.tokenizer import Tokenizer

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BEST_LR', 'TOKENS_PER_BATCH', 'COMPILE_FROM', 'FREE', 'TEXT', 'machine_file', 'kept', 'product_seconds', 'fast_dtype',
-           'can_compile', 'compiled', 'shortened', 'at_most', 'total_operations', 'resolved', 'resumed', 'wishes',
+           'can_compile', 'compiled', 'shortened', 'at_most', 'total_operations', 'resolved', 'resumed', 'requested',
            'Clock', 'write_sealed', 'read_sealed', 'write_checkpoint', 'sweep', 'read_checkpoint', 'disk_errors',
            'plot_run', 'png_of', 'read_metrics', 'Run', 'past_run', 'stop_requests', 'Progress']
 
@@ -53,7 +53,8 @@ def kept(
     except UserError: known = {}             # never measured, or damaged
     if key not in known:
         known[key] = measure()
-        with contextlib.suppress(UserError): write_file(file, json.dumps(known, indent=1))
+        with contextlib.suppress(UserError):
+            write_file(file, json.dumps(known, indent=1))
     return known[key]
 
 # %% ../../nbs/3_training/04_run.ipynb #3bba2fdf
@@ -129,7 +130,7 @@ BEST_LR = dict(muon=2e-2, adamw=4e-3)                        # at the top of the
 TOKENS_PER_BATCH = dict(cpu=2304, mps=8192, cuda=32_768)
 
 # %% ../../nbs/3_training/04_run.ipynb #63eaf09a
-COMPILE_FROM = dict(cpu=4e13, mps=math.inf, cuda=5e15)   # operations: some four minutes, of which compiling takes up to one
+COMPILE_FROM = dict(cpu=4e13, mps=math.inf, cuda=5e15)   # operations of some four minutes
 
 def total_operations(
     steps: int, batch: int, ctx: int,
@@ -177,7 +178,7 @@ def resumed(
     return replace(past, **{name: given[name] for name in free if given.get(name)})
 
 # %% ../../nbs/3_training/04_run.ipynb #ea2d8145
-def wishes(
+def requested(
     asked: TrainConfig,
     given,                # names that were given one by one
     config=None,          # settings file or TrainConfig besides, or None

@@ -27,8 +27,8 @@ from .folder import swap_in
 from .config import (TrainConfig, changed, check_number, read_config, split_record, takes_settings,
                                       to_dict)
 from .run import (Clock, Progress, Run, at_most, can_compile, compiled, disk_errors, past_run, png_of,
-                                   read_checkpoint, read_metrics, resolved, resumed, shortened, stop_requests, sweep,
-                                   wishes, write_checkpoint, write_sealed)
+                                   read_checkpoint, read_metrics, requested, resolved, resumed, shortened,
+                                   stop_requests, sweep, write_checkpoint, write_sealed)
 
 # %% ../../nbs/3_training/05_train.ipynb #4d569a63
 def loss_of(
@@ -60,7 +60,7 @@ def _summed_loss(model, tokens, ctx, batch, dtype):
         count += weight
     model.train(was_training)
     if not math.isfinite(nats):
-        raise UserError("the loss is not a number: weights of this model are NaN or infinite; use an earlier checkpoint")
+        raise UserError("the loss is no number: weights of this model are NaN or infinite; use an earlier checkpoint")
     return nats, count
 
 # %% ../../nbs/3_training/05_train.ipynb #1f1d363a
@@ -324,7 +324,8 @@ def _compiled_step(t, seconds):
     "Seconds of a compiled step, which the run then takes; infinite if compiling failed or took longer than `seconds`."
     t.loss = compiled(loss_of)
     try:
-        with at_most(seconds): a_step = _timed_step(t, t.loss)
+        with at_most(seconds):
+            a_step = _timed_step(t, t.loss)
     except Exception as e:       # the backward half is compiled in backward(), outside `compiled`
         note(f"torch.compile was given up ({shortened(e)}); going on without it")
         t.loss.works = False
@@ -379,8 +380,8 @@ def review(self: Training) -> str:
     budget, spent = self.clock.budget, self.clock.seconds
     if not budget: return ""
     if spent > 1.1 * budget + 1:
-        return (f"{budget / 60:.3g} minutes became {spent / 60:.3g}: {self.clock.lost:.0f} s went by before the first step, "
-                f"and what comes after the last one took longer than the {self.clock.reserve:.1f} s kept back for it")
+        return (f"{budget / 60:.3g} minutes became {spent / 60:.3g}: {self.clock.lost:.0f} s went by before the first "
+                f"step, and the end took longer than the {self.clock.reserve:.1f} s kept back for it")
     return f"only {self.step} steps; give more minutes" if self.step < FEW else ""
 
 # %% ../../nbs/3_training/05_train.ipynb #6b7aa4e5
@@ -512,7 +513,7 @@ def _settings(config, given, model, device, folder, resume):
     asked = changed(config or TrainConfig(), "train", **given)
     past = past_run(folder, resume)
     if not past: return resolved(asked, model, device), None
-    return resumed(past[0], wishes(asked, given, config), folder), past[1]
+    return resumed(past[0], requested(asked, given, config), folder), past[1]
 
 # %% ../../nbs/3_training/05_train.ipynb #54d8d5e2
 def _training(docs, val, tok, floor, began, asked):
@@ -569,7 +570,8 @@ def train(
     past_run(folder, resume)
     with owned(folder if resume else None):
         t, name, made = _training(docs, val, tok, floor, began, (config, kwargs, model, device, folder, resume))
-        with owned(folder), disk_errors(folder):     # of a new run made only now, when nothing is left to complain about
+        # the folder of a new run is made only now, when nothing is left to complain about
+        with owned(folder), disk_errors(folder):
             past_run(folder, resume)                 # another process may have begun a run meanwhile, or ended it
             return _run(t, name, made, stop_at, quiet)
 
