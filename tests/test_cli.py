@@ -81,7 +81,7 @@ def test_help_is_light_and_complete(tmp_path):
 
 
 def test_train_made_a_run_folder(desk):
-    assert {p.name for p in (desk/"run").iterdir()} == {"best", "config.json", "last", "metrics.jsonl", "plots.png", "summary.json"}
+    assert {p.name for p in (desk/"run").iterdir()} == {".lock", "best", "config.json", "last", "metrics.jsonl", "plots.png", "summary.json"}
 
 
 def test_generate_is_repeatable_and_plain(desk):

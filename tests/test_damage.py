@@ -40,7 +40,7 @@ def desk(tmp_path_factory):
 
 def test_no_file_is_forgotten(desk):
     own = {name.removeprefix("run/") for name in files(desk) if name.startswith("run/")}
-    assert own == {*RUN, "plots.png", *(f"{f}/{name}" for f in ("best", "last") for name in MODEL + STATE)}
+    assert own == {*RUN, ".lock", "plots.png", *(f"{f}/{name}" for f in ("best", "last") for name in MODEL + STATE)}
 
 
 @pytest.mark.parametrize("how", DAMAGE)

@@ -338,14 +338,14 @@ def take(self: Batches,
         out = np.full(len(rows) * T, value, dtype)
         out[dst] = what
         return torch.from_numpy(out).reshape(-1, T)
-    ids, weights, pad = np.asarray(self.tokens.ids), self.tokens.weights, tok.pad if tok and tok.pad else 0
+    ids, weights = np.asarray(self.tokens.ids), self.tokens.weights      # padding is masked: id 0 does as well as any
     x, y = ids[src], ids[src + 1]
     if tok and len(x) and max(x.max(), y.max()) >= len(tok):
         raise UserError(f"the corpus holds the id {max(x.max(), y.max())}, but the tokenizer has {len(tok)} "
                         "tokens; the file is damaged, tokenize again.")
     w = fill(1 if weights is None else weights[src + 1], dtype=np.float32)
     doc, pos = (np.repeat(nth, size), pos) if self.separate else (0, column)
-    return Batch(x=fill(x, pad), y=fill(y, pad), w=w, doc=fill(doc, -1), pos=fill(pos), tok=tok)
+    return Batch(x=fill(x), y=fill(y), w=w, doc=fill(doc, -1), pos=fill(pos), tok=tok)
 
 # %% ../../nbs/2_text/10_batches.ipynb #160135b1
 @patch

@@ -181,7 +181,7 @@ def _llama3(
     slower,  # (D/2,) rope_freqs of a file
     base,    # of the rotations
 ):           # dict: rope_scaling that has the same effect
-    "Equation (1.09.4) solved for the fields of Llama 3's scaling."
+    "Equation (1.09.5) solved for the fields of Llama 3's scaling."
     D, s = 2 * len(slower), slower.max().item()
     if s == 1: return {}
     n = rope_frequencies(D, base)[0] / (2 * math.pi)
