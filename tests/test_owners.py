@@ -189,3 +189,17 @@ def begun(tmp_path_factory):
             file = room/f"runs/{kind}/summary.json"
             write_sealed(file, {**read_sealed(file), "stopped": "paused"})
         yield room
+
+
+def test_one_process_writes_a_corpus(tmp_path):
+    from tiny_llm.basics import UserError, owned
+    from tiny_llm.text.corpus import open_tokens, tokenize
+    from tiny_llm.text.tokenizer import train_tokenizer
+    tok, hold = train_tokenizer(["a tale of a cat"] * 9, 270), HOLD.replace("'runs/a'", f"{str(tmp_path)!r}, 'tales'")
+    with subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment(PYTHONPATH=str(ROOT))) as p:
+        assert p.stdout.readline() == "mine\n"
+        with pytest.raises(UserError, match=f"tales is in use by process {p.pid} "): tokenize(["a cat"], tok, tmp_path/"tales", quiet=True)
+        tokenize(["another cat"], tok, tmp_path/"others", quiet=True)          # beside it all is free
+        p.kill()
+    tokenize(["a cat"], tok, tmp_path/"tales", quiet=True)
+    assert len(open_tokens(tmp_path/"tales", tok)) == 1

@@ -346,19 +346,21 @@ LOCKS = (".lock", ".owner")   # files of `owned`; a folder that holds nothing el
 
 @contextlib.contextmanager
 def owned(
-    folder,   # made if it is missing; None: nothing is owned
+    folder,          # made if it is missing; None: nothing is owned
+    file: str = "",  # name of one file in it, if that alone is owned
 ):
     "Own a folder while the block runs, also within a block that owns it. UserError if another process does."
     if folder is None: return (yield)
     from filelock import FileLock, Timeout
     folder = Path(os.path.realpath(folder))
-    lock, owner = FileLock(folder / ".lock", is_singleton=True), folder / ".owner"
+    place, (lock, owner) = folder / file, (folder / (f".{file}{kind}" if file else kind) for kind in LOCKS)
+    lock = FileLock(lock, is_singleton=True)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
-    except Timeout: raise UserError(f"{folder} is in use by {_owner(owner)}; wait until it is done, stop it, "
-                                    "or choose another folder") from None
-    except OSError as e: raise UserError(f"{folder} could not be written ({e.strerror})") from None
+    except Timeout: raise UserError(f"{place} is in use by {_owner(owner)}; wait until it is done, stop it, "
+                                    "or choose another place") from None
+    except OSError as e: raise UserError(f"{place} could not be written ({e.strerror})") from None
     try:
         if lock.lock_counter == 1: _sign(owner)
         yield

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
 from tqdm import tqdm
-from ..basics import UserError, note, read_json, sha256, write_file
+from ..basics import UserError, note, owned, read_json, sha256, write_file
 from .tokenizer import Tokenizer
 
 # %% ../../nbs/2_text/09_corpus.ipynb #ef455ed2
@@ -287,18 +287,19 @@ def _write(path, dtype, blocks, rest, tok):
     "Write ids block by block and the other arrays behind them to PATH.bin, then what is where to PATH.json."
     (head, body), part = _places(path), path.with_name(f".{path.name}.{os.getpid()}.part")
     _may_write(path)
-    try:
-        found, arrays = _write_body(body, part, blocks, rest, dtype)
-        size = part.stat().st_size
-        write_file(head, json.dumps(dict(format=FORMAT, version=0)))  # no version 0 is ever opened
-        with _writing(body):
-            os.replace(part, body)
-    finally: part.unlink(missing_ok=True) if part.parent.is_dir() else None
-    n = len(found["doc_bytes"])
-    header = dict(format=FORMAT, version=1, tokenizer=tok.hash, content=found["content"], size=size,
-                  documents=n, predictions=arrays["ids"]["count"] - n, bytes=int(found["doc_bytes"].sum()),
-                  arrays=arrays)
-    write_file(head, json.dumps(header, indent=1))
+    with owned(path.parent, path.name):      # a header must not meet the body of another process
+        try:
+            found, arrays = _write_body(body, part, blocks, rest, dtype)
+            size = part.stat().st_size
+            write_file(head, json.dumps(dict(format=FORMAT, version=0)))  # no version 0 is ever opened
+            with _writing(body):
+                os.replace(part, body)
+        finally: part.unlink(missing_ok=True) if part.parent.is_dir() else None
+        n = len(found["doc_bytes"])
+        header = dict(format=FORMAT, version=1, tokenizer=tok.hash, content=found["content"], size=size,
+                      documents=n, predictions=arrays["ids"]["count"] - n, bytes=int(found["doc_bytes"].sum()),
+                      arrays=arrays)
+        write_file(head, json.dumps(header, indent=1))
 
 # %% ../../nbs/2_text/09_corpus.ipynb #b1d12425
 def _mapped(body, arrays):
