@@ -33,7 +33,7 @@ MUTANTS = [
      "--seed does not reach the text"),
     ("deployment.cli", "torch.manual_seed(asked.seed)", "torch.manual_seed(0)", "--seed does not reach the weights"),
     ("deployment.cli", "if made.get(\"sha256\") not in (None, tokens.sha256()):", "if not made:", "another text goes unmentioned"),
-    ("deployment.cli", "given[name] for name in FREE if name in given} if past else {}", "given[name] for name in FREE if name in given} if not past else {}", "more minutes at a resume are not passed on"),
+    ("deployment.cli", "given[name] for name in FREE if name in given} if past else {}", "given[name] for name in FREE if name in given} if not past else {}", "what may change at a resume is not passed on"),
     ("deployment.cli", "pieces = stream(*open_model(model, device), prompt, **kwargs)", "pieces = stream(*open_model(model, device), prompt, **{**kwargs, \"seed\": None})", "generate ignores --seed"),
     ("deployment.cli", "ChatSession(*open_model(model, device), system=system, **kwargs)", "ChatSession(*open_model(model, device), **kwargs)", "chat ignores --system"),
     ("deployment.cli", "ChatSession(*open_model(model, device), system=system, **kwargs)\n", "ChatSession(*open_model(model, device), system=system)\n", "chat ignores its settings"),
