@@ -147,6 +147,27 @@ def test_a_folder_that_was_saved_again_opens(folder, how):
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters()))
 
 
+def test_a_qwen2_that_others_trained_as_a_llama_opens(tmp_path):
+    "Its class has a bias of `o_proj`, which `save` writes as zeros; a step of another trainer moves it."
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from tiny_llm.text.tokenizer import train_tokenizer
+    from tiny_llm.training.folder import load, save
+    from tiny_llm.transformer.model import ModelConfig, Transformer
+    torch.manual_seed(0)
+    tok = train_tokenizer(["The cat sat on the mat."] * 20, 280)
+    shape = dict(vocab_size=len(tok), ctx=32, d_model=16, n_layers=2, n_heads=2, qk_norm=False, qkv_bias=True)
+    ours, theirs = save(Transformer(ModelConfig(**shape)), tok, tmp_path/"ours"), tmp_path/"theirs"
+    other, ids = AutoModelForCausalLM.from_pretrained(ours), torch.tensor([tok.encode("The cat sat")])
+    step = torch.optim.SGD(other.parameters(), 0.1)
+    other(ids, labels=ids).loss.backward()
+    step.step()
+    other.save_pretrained(theirs)
+    AutoTokenizer.from_pretrained(ours).save_pretrained(theirs)
+    for folder in theirs, save(*load(theirs, "cpu"), tmp_path/"again"):
+        with torch.no_grad(): torch.testing.assert_close(load(folder, "cpu")[0](ids), other(ids).logits, atol=1e-5, rtol=1e-5)
+
+
 def test_what_is_refused_is_refused_for_its_reason(folder):
     from transformers import AutoTokenizer
     from tiny_llm.basics import UserError

@@ -9,7 +9,7 @@ import torch
 import tiny_llm as tl
 from house import run
 from tiny_llm.basics import UserError
-from tiny_llm.transformer.huggingface import hf_views, to_hf
+from tiny_llm.transformer.huggingface import as_llama, hf_views, to_hf
 from tiny_llm.text.tokenizer import BYTE_OF, pretokenize
 from tiny_llm.transformer.rope import half_to_interleaved, rope_frequencies
 from tiny_llm.transformer.gguf import open_llama2c, smollm2
@@ -91,6 +91,7 @@ COUSINS = {
                                   dict(rope_scaling_type="yarn", rope_scaling_factor=4.0, rope_scaling_orig_ctx_len=16,
                                        rope_scaling_yarn_beta_fast=16.0, rope_scaling_yarn_attn_factor=1.5)),
     "llama with biases": ("llama", dict(qk_norm=False, bias=True), {}),
+    "qwen2 as a llama": ("llama", dict(qk_norm=False, qkv_bias=True), {}),
     "llama, linear": ("llama", dict(qk_norm=False, rope_scaling=dict(rope_type="linear", factor=2.0)), dict(rope_scaling_type="linear", rope_scaling_factor=2.0)),
     "llama 3": ("llama", dict(qk_norm=False, rope_base=5e5, rope_scaling=LLAMA3), {}),
 }
@@ -109,7 +110,9 @@ def cousin(model, arch, file, **values):
                                tokenizer_model="gpt2", tokenizer_pre="qwen35", token_list=["<|endoftext|>", *shown, "ab"], token_types=[3] + [1]*257,
                                token_merges=["a b"], eos_token_id=0), **values}.items():
         getattr(out, f"add_{name}")(gguf.RopeScalingType(value) if name == "rope_scaling_type" else value)
-    for name, w in to_hf(model)[1].items():
+    config, state = to_hf(model)
+    if arch == "llama" and config["model_type"] == "qwen2": config, state = as_llama(config, state)
+    for name, w in state.items():
         kind = name.removesuffix(".weight").removesuffix(".bias")
         if arch == "llama" and kind.endswith(("q_proj", "k_proj")): w = half_to_interleaved(w.unflatten(0, (-1, c.head_dim)), 1).flatten(0, 1)
         if arch == "gpt2" and kind.endswith(("c_attn", "c_proj", "c_fc")) and w.dim() > 1: w = w.t()

@@ -257,7 +257,7 @@ def _gguf_config(
     if kind == "gptneox": return out | dict(layer_norm_eps=eps, rotary_pct=share, use_parallel_residual=parallel)
     if kind == "stablelm": return out | dict(layer_norm_eps=eps, partial_rotary_factor=share, use_qkv_bias=bias,
                                              use_parallel_residual=parallel, hidden_act="silu")
-    if kind == "llama": out |= dict(attention_bias=bias, mlp_bias=bias)
+    if kind == "llama": out |= dict(attention_bias=bias, mlp_bias="blk.0.ffn_gate.bias" in tensors)
     return out | dict(head_dim=D, rms_norm_eps=get("attention.layer_norm_rms_epsilon", 1e-5))
 
 # %% ../../nbs/1_transformer/09_gguf.ipynb #76441cde

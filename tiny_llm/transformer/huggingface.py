@@ -362,6 +362,12 @@ def _as_qwen2(c):
     half = c.get("model_type") == "llama" and c.get("attention_bias") and not c.get("mlp_bias")
     return {**c, "model_type": "qwen2", "use_sliding_window": False} if half else c
 
+def _unlike_qwen2(config, state):
+    "Such a Llama whose `o_proj` has learnt a bias, as one with biases everywhere, those of its MLP zero."
+    zeros = {n.removesuffix("weight") + "bias": t.new_zeros(len(t)) for n, t in state.items()
+             if n.endswith(("gate_proj.weight", "up_proj.weight", "down_proj.weight"))}
+    return {**config, "mlp_bias": True, "tiny_llm": None}, {**state, **zeros}
+
 # %% ../../nbs/1_transformer/08_huggingface.ipynb #61663830
 def from_hf_config(
     config,    # dict (config.json) or a configuration of transformers
@@ -397,8 +403,10 @@ def from_hf(
     "Our model with their weights. UserError names what is missing, unknown or of the wrong shape."
     config = config if isinstance(config, dict) else config.to_dict()
     kind = _as_qwen2(config).get("model_type")
-    if kind != config.get("model_type"):  # what is zero adds nothing
-        state = {n: t for n, t in state.items() if not n.endswith("o_proj.bias") or t.any()}
+    if kind != config.get("model_type"):
+        if any(t.any() for n, t in state.items() if n.endswith("o_proj.bias")):  # others have trained it
+            return from_hf(*_unlike_qwen2(config, state), ctx)
+        state = {n: t for n, t in state.items() if not n.endswith("o_proj.bias")}
     model = Transformer(from_hf_config(config, ctx))
     f, c = families[kind], model.cfg
     state, (views, zeros) = _renamed(state, f), _named(model, kind)
