@@ -72,3 +72,16 @@ def test_links_of_the_readme_start_at_the_top():
     given = "[a](1_transformer/01_math.ipynb) [b](../LICENSE#x) [c](https://x.org/y) [d](#e) `[f](g)` ![h](images/i.png) <img src=\"images/j.png\">\n```\n[k](l)\n```\n"
     assert make_readme.relink(given) == ("[a](nbs/1_transformer/01_math.ipynb) [b](LICENSE#x) [c](https://x.org/y) [d](#e) `[f](g)` ![h](nbs/images/i.png) "
                                          "<img src=\"nbs/images/j.png\">\n```\n[k](l)\n```\n")
+
+
+def test_slow_cells_show_what_is_stored_unless_asked(monkeypatch):
+    "What `ask_first` makes of a slow cell's text, with SLOW=1 and without."
+    from types import SimpleNamespace
+    from tiny_llm.basics import ask_first
+    path = ROOT/"nbs"/"01_basics.ipynb"
+    shell = SimpleNamespace(user_ns={"__vsc_ipynb_file__": str(path)}, input_transformers_cleanup=[], events=SimpleNamespace(register=lambda *a: None))
+    ask_first(shell)
+    transform, slow = shell.input_transformers_cleanup[0], ["#| slow 20 s\n", "time.sleep(20)\n"]
+    for asked, got in ("1", slow), ("0", ["_stored_result()\n"]):
+        monkeypatch.setenv("SLOW", asked)
+        assert transform(slow) == got and transform(["1 + 1\n"]) == ["1 + 1\n"]

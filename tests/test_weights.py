@@ -76,7 +76,7 @@ def test_gguf_is_an_extra(tmp_path, monkeypatch):
 
 # families beside Llama: general.architecture, fields of ModelConfig, named values of the file beside the sizes
 LAYER = dict(norm="layer", norm_bias=True, qk_norm=False, norm_eps=1e-5)
-YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=16, beta_fast=16.0)
+YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=16, beta_fast=16.0, beta_slow=2.0)
 LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)
 COUSINS = {
     "gpt2": ("gpt2", dict(LAYER, ffn="gelu_tanh", bias=True, positions="learned"), {}),
@@ -86,10 +86,10 @@ COUSINS = {
     "stablelm with biases": ("stablelm", dict(LAYER, rotary=0.5, qkv_bias=True), dict(rope_dimension_count=4, parallel_residual=False)),
     "qwen2": ("qwen2", dict(qk_norm=False, qkv_bias=True), {}),
     "qwen3, yarn": ("qwen3", dict(rope_scaling=YARN), dict(rope_scaling_type="yarn", rope_scaling_factor=4.0, rope_scaling_orig_ctx_len=16,
-                                                           rope_scaling_yarn_beta_fast=16.0)),
+                                                           rope_scaling_yarn_beta_fast=16.0, rope_scaling_yarn_beta_slow=2.0)),
     "qwen3, yarn with a factor": ("qwen3", dict(rope_scaling=dict(YARN, attention_factor=1.5)),
                                   dict(rope_scaling_type="yarn", rope_scaling_factor=4.0, rope_scaling_orig_ctx_len=16,
-                                       rope_scaling_yarn_beta_fast=16.0, rope_scaling_yarn_attn_factor=1.5)),
+                                       rope_scaling_yarn_beta_fast=16.0, rope_scaling_yarn_beta_slow=2.0, rope_scaling_yarn_attn_factor=1.5)),
     "llama with biases": ("llama", dict(qk_norm=False, bias=True), {}),
     "qwen2 as a llama": ("llama", dict(qk_norm=False, qkv_bias=True), {}),
     "llama, linear": ("llama", dict(qk_norm=False, rope_scaling=dict(rope_type="linear", factor=2.0)), dict(rope_scaling_type="linear", rope_scaling_factor=2.0)),
@@ -107,7 +107,7 @@ def cousin(model, arch, file, **values):
     shown = sorted(pre_tokenizers.ByteLevel.alphabet())
     for name, value in {**dict(context_length=c.ctx, embedding_length=c.d_model, block_count=c.n_layers, feed_forward_length=c.d_ff, head_count=c.n_heads,
                                head_count_kv=c.n_kv_heads, layer_norm_rms_eps=c.norm_eps, layer_norm_eps=c.norm_eps, rope_freq_base=c.rope_base,
-                               tokenizer_model="gpt2", tokenizer_pre="qwen35", token_list=["<|endoftext|>", *shown, "ab"], token_types=[3] + [1]*257,
+                               tokenizer_model="gpt2", tokenizer_pre="qwen35", token_list=["<|endoftext|>", *shown, "ab"], token_types=[3] + [1]*256 + [4],
                                token_merges=["a b"], eos_token_id=0), **values}.items():
         getattr(out, f"add_{name}")(gguf.RopeScalingType(value) if name == "rope_scaling_type" else value)
     config, state = to_hf(model)
@@ -136,6 +136,7 @@ def test_gguf_files_of_every_family(kind, tmp_path):
     again, tok = tl.load(cousin(model, arch, tmp_path/"small.gguf", **values), "cpu")
     ids = torch.randint(258, (2, 64))
     with torch.no_grad(): torch.testing.assert_close(again(ids), model(ids), rtol=1e-4, atol=1e-4)
+    assert list(tok.specials) == ["<|endoftext|>"]     # the last one is taken whole, and is not for control
     for text in ("I'LL say 123: नमस्ते, ไทย!\n\n  ok", "a\u0301b's\r\n", "x  y\t\tz …—"):
         chunks = [bytes(BYTE_OF[c] for c in chunk).decode() for chunk, _ in tok.tk.pre_tokenizer.pre_tokenize_str(text)]
         assert chunks == pretokenize(text)
