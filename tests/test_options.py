@@ -250,11 +250,14 @@ def test_finetune_holds_out_by_its_seed(watch):
 
 
 def test_replies_are_graded_at_temperature_0(watch):
-    "And only so many requests, of the test split."
+    "So many requests, of the test split; a right reply is no fault."
     from tiny_llm.text.dialogues import conversations
     from tiny_llm.text.tokenizer import train_tokenizer
     tok = train_tokenizer([m["content"] for c in conversations(20) for m in c], 400)
-    calls = watch("assistant.finetune", generate_batch=lambda prompts, **given: [[tok.end]] * len(prompts))
-    grade = importlib.import_module("tiny_llm.assistant.finetune").grade_chat(SimpleNamespace(cfg=SimpleNamespace(ctx=2000)), tok, n=9, seed=6)
+    polite = [*tok.encode("You are welcome!"), tok.end]         # right where somebody said thank you
+    calls = watch("assistant.finetune", generate_batch=lambda prompts, **given: [polite] * len(prompts), story_talk=conversations)
+    grade = importlib.import_module("tiny_llm.assistant.finetune").grade_chat(SimpleNamespace(cfg=SimpleNamespace(ctx=2000)), tok, n=90, seed=6)
     agrees(dict(calls)["generate_batch"], temperature=0.0, max_tokens=230, seed=6)
-    assert grade["n"] == 9 and grade["share"] == 0 and sum(grade["faults"].values()) == 9
+    agrees(dict(calls)["story_talk"], split="test", seed=6)
+    right = round(90 * grade["share"])
+    assert grade["n"] == 90 and 0 < right < 90 and sum(grade["faults"].values()) == 90 - right

@@ -16,7 +16,7 @@ MUTANTS = [
     ("training.optim", "eps = TABLE_EPS if matrices else 1e-8", "eps = 1e-8", "the tables' epsilon is forgotten"),
     # 3.02 folder
     ("training.folder", "if sha256(file) != m[1]:", "if False:", "checksums are not verified"),
-    ("training.folder", "(tok.eos, tok.end, *sorted(tok.ends))", "(tok.eos, *sorted(tok.ends))", "the end of a chat is missing from the folder's ends"),
+    ("training.folder", "(tok.eos, tok.end, *sorted(tok.ends))", "(tok.eos,)", "the end of a chat is missing from the folder's ends"),
     ("training.folder", "os.rename(old, folder)", "pass", "a swap cut in two is not mended"),
     ("training.folder", "    _may_replace(folder)\n", "", "a folder with other files is replaced"),
     ("training.folder", "\"text-generation\", **about, \"tags\": tags}", "\"text-generation\", \"tags\": tags}", "the card forgets licence and language"),
