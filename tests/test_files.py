@@ -221,6 +221,18 @@ def test_fine_tuning_draws_what_it_holds_out_again_at_a_resume(tmp_path):
     assert run.summary["step"] == 4
 
 
+def test_conversations_held_out_that_are_all_too_long_do_not_stop_the_run(tmp_path, capsys):
+    from tiny_llm.assistant.finetune import finetune
+    from tiny_llm.text.tokenizer import train_tokenizer
+    from tiny_llm.transformer.model import Transformer, preset
+    tok = train_tokenizer(["Hi there. Hello."], 300)
+    def chat(n, long=1): return [dict(role="user", content=f"Hi {n}"), dict(role="assistant", content="Hello. " * long)]
+    model = Transformer(preset("tiny", vocab_size=len(tok), ctx=32))
+    run = finetune(model, tok, [chat(n) for n in range(40)], val=[chat(1, 50)], steps=1, batch=1, out=tmp_path/"run", device="cpu")
+    said = capsys.readouterr().err
+    assert "1 of 1 held-out conversations are longer than 32 tokens" in said and run.made["held_out"] == 2 and run.summary["val"]
+
+
 def test_card_of_a_text_is_refused_before_the_work(tmp_path, monkeypatch):
     from tiny_llm.text import cleaning
     put(tmp_path, "a.txt", "text " * 500)
