@@ -282,6 +282,10 @@ def test_a_mistake_is_one_line(desk, words, says):
     wrong(*words.split(), cwd=desk, says=says, notes=1, real=words.split()[:4] in REAL)
 
 
+def test_a_device_that_is_not_there_is_refused_before_the_text_is_read(desk):
+    wrong("train", "--data", "ducks.txt", "--device", "cudda", cwd=desk, says="no device 'cudda'", real=False)     # without a note
+
+
 def flip(data): return data[:len(data)//2] + bytes([data[len(data)//2] ^ 1]) + data[len(data)//2 + 1:]
 
 

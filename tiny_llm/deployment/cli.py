@@ -325,6 +325,7 @@ def train(
     asked, made = settings_of(config, kwargs, "train")
     out = Path(out).expanduser()
     past_run(out, resume)                               # complain before the text is read
+    pick_device(device)
     if asked.model: _known_fields(asked.model, config)
     elif asked.preset: shape(asked.preset)
     with owned(out if resume else None): run = _train(asked, made, config, kwargs, out, device, resume, began)
@@ -342,7 +343,6 @@ def _train(asked, made, config, given, out, device, resume, began):
         asked = resumed(past[0], wishes(asked, given, config), out)
         if (out / "last").exists(): tok = open_model(out / "last", "cpu")[1]
     tok, tokens, val = read_text(asked, tok)
-    tokens.require(asked.ctx or 32)
     if made.get("sha256") not in (None, tokens.sha256()):
         note(f"the text is not the one of {config}: this is another run")
     cfg, name = (ModelConfig(**asked.model), None) if past else shape_of(asked, device, len(tok))
