@@ -262,6 +262,7 @@ REAL = [w.split()[:4] for w in ("trian", "train --minuts 3", "train --data ducks
     ("quickstart --preset qick", "Did you mean 'quick'?"),
     ("quickstart --out run", "is not empty"),
     ("quickstart --out full", "is not empty"),
+    ("quickstart --out full --resume", "holds no quickstart to resume"),
     ("generate --model rum", "Did you mean 'run'?"),
     ("generate --model full", "it has no config.json"),
     ("generate --model run --temperature -1", "temperature is -1"),
