@@ -422,7 +422,7 @@ def finetune(
         start = _start_of(past, model, out)
         data, limit = text.data or "stories", text.limit
         chats = read_conversations(data, "train", limit, text.seed)
-        held = read_conversations(data, "val", limit and max(1, limit // 20), text.seed)   # None: `fit` holds a part out
+        held = read_conversations(data, "val", limit and max(1, limit // 20), text.seed)   # None: `fit` draws it
         net, tok = open_model(start, device)
         if held: note(f"{data}: {len(chats):,} conversations to learn from, {len(held):,} held out")
         run = fit(net, tok, chats, asked if past else changed(asked, data=data), val=held, out=out, device=device,
@@ -553,7 +553,8 @@ def machine_rows() -> list:   # rows for `table`
     rows = [("tiny_llm", __version__), ("python", platform.python_version()), ("torch", torch.__version__),
             ("device", f"{pick_device()}, {torch.get_num_threads()} threads"),
             ("products", ", ".join(f"{name} {r:,.0f} GFLOP/s" for name, r in rate.items())),
-            ("  measured once", f"and kept in {machine_file()}; trains in {str(fast_dtype('cpu'))[6:]}"), ("presets", "")]
+            ("  measured once", f"and kept in {machine_file()}; trains in {str(fast_dtype('cpu'))[6:]}"),
+            ("presets", "")]
     for name in presets:
         claimed = f", claimed {claims[name]:,.0f}" if name in claims else ""
         rows.append((f"  {name}", f"{sum(count_params(preset(name)).values()):>13,} parameters{claimed}"))
