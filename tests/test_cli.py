@@ -262,6 +262,7 @@ REAL = [w.split()[:4] for w in ("trian", "train --minuts 3", "train --data ducks
     ("quickstart --preset qick", "Did you mean 'quick'?"),
     ("quickstart --out run", "is not empty"),
     ("quickstart --out full", "is not empty"),
+    ("quickstart --out full --resume", "holds no quickstart to resume"),
     ("generate --model rum", "Did you mean 'run'?"),
     ("generate --model full", "it has no config.json"),
     ("generate --model run --temperature -1", "temperature is -1"),
@@ -280,6 +281,10 @@ def test_a_mistake_is_one_line(desk, words, says):
         (desk/name).parent.mkdir(exist_ok=True)
         (desk/name).write_bytes(data)
     wrong(*words.split(), cwd=desk, says=says, notes=1, real=words.split()[:4] in REAL)
+
+
+def test_a_device_that_is_not_there_is_refused_before_the_text_is_read(desk):
+    wrong("train", "--data", "ducks.txt", "--device", "cudda", cwd=desk, says="no device 'cudda'", real=False)     # without a note
 
 
 def flip(data): return data[:len(data)//2] + bytes([data[len(data)//2] ^ 1]) + data[len(data)//2 + 1:]

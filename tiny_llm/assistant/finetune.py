@@ -130,18 +130,18 @@ def read_conversations(
     return found
 
 # %% ../../nbs/4_assistant/02_finetune.ipynb #aa525a28
-def _fitting(chats, tok, ctx):
-    "(ids, weights) of the conversations that have at most `ctx` tokens."
+def _fitting(chats, tok, ctx, kind="conversations", least=1):
+    "(ids, weights) of the conversations that have at most `ctx` tokens; UserError if they are fewer than `least`."
     pairs = []
     for n, c in enumerate(chats, 1):
         try: pairs.append(tok.chat(c))
         except UserError as e: raise UserError(f"conversation {n}: {e}") from None
     fit = [p for p in pairs if len(p[0]) <= ctx]
-    if not fit:
-        raise UserError(f"none of the {len(pairs)} conversations fits into {ctx} tokens; "
+    if len(fit) < least:
+        raise UserError(f"none of the {len(pairs)} {kind} fits into {ctx} tokens; "
                         "use shorter ones or a larger ctx")
     if len(fit) < len(pairs):
-        note(f"{len(pairs) - len(fit)} of {len(pairs)} conversations are longer than {ctx} tokens and left out")
+        note(f"{len(pairs) - len(fit)} of {len(pairs)} {kind} are longer than {ctx} tokens and left out")
     return fit
 
 def _weighted(pairs, tok, replay=()):
@@ -198,8 +198,8 @@ def finetune(
     elif val: val = (isinstance(val, (str, Path)) and read_conversations(val, "val")) or read_conversations(val)
     if len(chats) < (2 if val is None else 1):
         raise UserError(f"{len(chats)} conversations are too few; give at least 2, one of them to hold out")
-    pairs, held = _fitting(chats, tok, ctx), _fitting(val, tok, ctx) if val else []
-    if val is None:
+    pairs, held = _fitting(chats, tok, ctx), _fitting(val, tok, ctx, "held-out conversations", 0) if val else []
+    if val is None or val and not held:      # a source's own may all be too long
         pairs, held = hold_out(pairs, seed)
         if not kwargs.get("quiet"): note(f"{len(pairs):,} conversations to learn from, {len(held):,} held out")
     held = _weighted(held, tok) if held else False

@@ -135,7 +135,10 @@ def main(
         warnings.simplefilter("ignore")       # what a person should know is printed as a note
         try: dispatch(sys.argv[1:] if argv is None else list(argv))
         except UserError as e: return 2 if os.environ.get("RANK", "0") != "0" else tell(e)   # of many, the first speaks
-        except KeyboardInterrupt as e: return tell(str(e) or "interrupted", 130)
+        except KeyboardInterrupt as e:
+            code = tell(str(e) or "interrupted", 130)
+            if argv is None: os._exit(code)      # what still computes in a thread is not waited for
+            return code
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)             # or Python complains when it flushes at the end
             return 141
@@ -325,6 +328,7 @@ def train(
     asked, made = settings_of(config, kwargs, "train")
     out = Path(out).expanduser()
     past_run(out, resume)                               # complain before the text is read
+    pick_device(device)
     if asked.model: _known_fields(asked.model, config)
     elif asked.preset: shape(asked.preset)
     with owned(out if resume else None):
@@ -343,7 +347,6 @@ def _train(asked, made, config, given, out, device, resume, began):
         asked = resumed(past[0], requested(asked, given, config), out)
         if (out / "last").exists(): tok = open_model(out / "last", "cpu")[1]
     tok, tokens, val = read_text(asked, tok)
-    tokens.require(asked.ctx or 32)
     if made.get("sha256") not in (None, tokens.sha256()):
         note(f"the text is not the one of {config}: this is another run")
     cfg, name = (ModelConfig(**asked.model), None) if past else shape_of(asked, device, len(tok))
@@ -423,7 +426,7 @@ def finetune(
         start = _start_of(past, model, out)
         data, limit = text.data or "stories", text.limit
         chats = read_conversations(data, "train", limit, text.seed)
-        held = read_conversations(data, "val", limit and max(1, limit // 20), text.seed)   # None: `fit` takes a part
+        held = read_conversations(data, "val", limit and max(1, limit // 20), text.seed)   # None: `fit` draws it
         net, tok = open_model(start, device)
         if held: note(f"{data}: {len(chats):,} conversations to learn from, {len(held):,} held out")
         run = fit(net, tok, chats, asked if past else changed(asked, data=data), val=held, out=out, device=device,

@@ -122,20 +122,11 @@ def _begun_before(folder, asked, past):
                             f"leave --{name} out")
     return past
 
-# %% ../../nbs/5_deployment/04_quickstart.ipynb #e6205ed0
-def _past_quickstart(folder, resume):
-    "What the quickstart in a folder was begun with, or None; UserError if the folder cannot be used."
-    file = folder / "quickstart.json"
-    past = read_json(file) if file.is_file() else None
-    if resume: return past or _begun_before(folder, {}, None)
-    if not folder.exists(): return None
-    if past:
-        raise UserError(f"{folder} already holds a quickstart; go on with it (--resume), "
-                        "or choose another folder (--out)")
-    if not folder.is_dir() or any(p.name not in LOCKS for p in folder.iterdir()):
-        raise UserError(f"{folder} already exists and is not empty; choose another folder (--out)")
-
 # %% ../../nbs/5_deployment/04_quickstart.ipynb #6c0a16eb
+def _taken(folder):
+    "Whether there is a file of this name, or a folder with anything in it."
+    return folder.exists() and (not folder.is_dir() or any(p.name not in LOCKS for p in folder.iterdir()))
+
 def begin(
     folder,        # Path
     asked: dict,   # minutes, seed, preset; None: not given
@@ -143,11 +134,17 @@ def begin(
     preset: str,   # the recipe's
 ) -> dict:         # minutes, seed, preset to work with
     "Take up the quickstart in a folder, or found one; complain about a folder that holds anything else."
-    past = _past_quickstart(folder, resume)
+    file = folder / "quickstart.json"
+    past = read_json(file) if file.is_file() else None
     if resume: return _begun_before(folder, asked, past)
+    if past:
+        raise UserError(f"{folder} already holds a quickstart; go on with it (--resume), "
+                        "or choose another folder (--out)")
+    if _taken(folder):
+        raise UserError(f"{folder} already exists and is not empty; choose another folder (--out)")
     given = {name: value for name, value in asked.items() if value is not None}
     asked = dict(minutes=4.0, seed=0, preset=preset) | given
-    write_file(folder / "quickstart.json", json.dumps(asked, indent=1))
+    write_file(file, json.dumps(asked, indent=1))
     return asked
 
 # %% ../../nbs/5_deployment/04_quickstart.ipynb #9648d5e3
@@ -279,7 +276,7 @@ def quickstart(
     if preset: shape(preset)
     pick_device(device)
     asked = folder, dict(minutes=minutes, seed=seed, preset=preset), resume, recipe.stories.preset
-    if not (folder / "quickstart.json").is_file(): _past_quickstart(folder, resume)    # before anything is written
+    if resume or _taken(folder): begin(*asked)     # complains before anything is written there, a lock too
     with owned(folder):
         told, tuned = train_both(folder, begin(*asked), device, recipe)
         s = judge(told, tuned, device, recipe) | dict(folder=str(folder), wall_seconds=time.perf_counter() - start)

@@ -49,13 +49,14 @@ def kept(
     "What was measured once on this machine, with this PyTorch and this number of threads."
     machine = f"{platform.node()}, {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}"
     key, file = f"{machine}, {torch.get_num_threads()} threads: {name}", machine_file()
-    try: known = read_json(file)
-    except UserError: known = {}             # never measured, or damaged
-    if key not in known:
-        known[key] = measure()
-        with contextlib.suppress(UserError):
-            write_file(file, json.dumps(known, indent=1))
-    return known[key]
+    def known():
+        try: return read_json(file)
+        except UserError: return {}             # never measured, or damaged
+    if key in known(): return known()[key]
+    found = {key: measure()} | known()          # another process may have measured meanwhile: the first one counts
+    with contextlib.suppress(UserError):
+        write_file(file, json.dumps(found, indent=1))
+    return found[key]
 
 # %% ../../nbs/3_training/04_run.ipynb #3bba2fdf
 def product_seconds() -> dict:   # 'float32' and 'bfloat16': seconds of 2·1024·256·1024 operations

@@ -7,7 +7,7 @@ __all__ = ['COMPILE_SECONDS', 'FEW', 'RATIO', 'loss_of', 'story_nats', 'evaluate
            'run_steps', 'train', 'Plan', 'time_steps', 'plan']
 
 # %% ../../nbs/3_training/05_train.ipynb #9010dd23
-import json, math, random, shutil, sys, time
+import json, math, os, random, shutil, sys, time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -393,7 +393,8 @@ def record(self: Training,
     ids = self.batches.tokens
     made_with = dict(python=sys.version.split()[0], torch=torch.__version__, threads=torch.get_num_threads(),
                      device=str(self.model.device))
-    return dict(source=source or "documents", began_with=getattr(self.model, "origin", None), tokenizer=self.tok.hash,
+    origin = getattr(self.model, "origin", None)       # the folder that the model was loaded from
+    return dict(source=source or "documents", began_with=origin and os.path.abspath(origin), tokenizer=self.tok.hash,
                 floor=self.floor, documents=len(ids), tokens=ids.n_tokens, bytes=ids.n_bytes,
                 held_out=0 if self.val is None else len(self.val), sha256=ids.sha256(), made_with=made_with)
 
