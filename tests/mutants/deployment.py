@@ -22,7 +22,7 @@ MUTANTS = [
      "before and after are swapped"),
     # 5.05 cli
     ("deployment.cli", "!= \"0\" else tell(e)", "!= \"0\" else tell(e, 1)", "a mistake ends with another code"),
-    ("deployment.cli", "return tell(str(e) or \"interrupted\", 130)", "return tell(str(e) or \"interrupted\")", "Ctrl-C ends with the code of a mistake"),
+    ("deployment.cli", "code = tell(str(e) or \"interrupted\", 130)", "return tell(str(e) or \"interrupted\")", "Ctrl-C ends with the code of a mistake"),
     ("deployment.cli", "action=\"store_false\", default=None", "action=\"store_true\", default=None", "--no_compile compiles"),
     ("deployment.cli", "if out: check_out(Path(out).expanduser())", "pass", "data complains after the work, or overwrites"),
     ("deployment.cli", "seed=seed, limit=limit, column=column)", "seed=seed, column=column)", "data ignores --limit"),

@@ -40,7 +40,8 @@ MUTANTS = [
     ("training.config", "other = {\"minutes\": \"steps\", \"steps\": \"minutes\"}", "other = {}", "a new budget leaves the old one"),
     ("training.config", "if \"settings\" in found: found = _from_old(found)", "found.pop(\"settings\", None)", "the old layout is forgotten"),
     # 3.04 run
-    ("training.run", "if key not in known:", "if True:", "what was measured once is measured again"),
+    ("training.run", "found = {key: measure()} | known()", "found = known() | {key: measure()}", "of two processes that measure the second one counts"),
+    ("training.run", "if key in known(): return known()[key]", "known()", "what was measured once is looked for in vain"),
     ("training.run", "return torch.bfloat16 if 1.3 * seconds[\"bfloat16\"] < seconds[\"float32\"] else torch.float32",
      "return torch.bfloat16 if seconds[\"bfloat16\"] > 1.3 * seconds[\"float32\"] else torch.float32", "the slower dtype"),
     ("training.run", "if not run.works: return loss(*args)", "if not run.works: return fast(*args)", "a failed compilation is tried at each step"),

@@ -137,8 +137,10 @@ def main(
         except UserError as e: return 2 if os.environ.get("RANK", "0") != "0" else tell(e)   # of many, the first speaks
         except KeyboardInterrupt as e:
             code = tell(str(e) or "interrupted", 130)
-            if argv is None: os._exit(code)      # what still computes in a thread is not waited for
-            return code
+            if argv is not None: return code
+            with suppress(OSError, ValueError, AttributeError):
+                sys.stdout.flush()
+            os._exit(code)                       # what still computes in a thread is not waited for
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)             # or Python complains when it flushes at the end
             return 141
