@@ -76,7 +76,7 @@ def test_gguf_is_an_extra(tmp_path, monkeypatch):
 
 # families beside Llama: general.architecture, fields of ModelConfig, named values of the file beside the sizes
 LAYER = dict(norm="layer", norm_bias=True, qk_norm=False, norm_eps=1e-5)
-YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=16, beta_fast=16.0, beta_slow=2.0)
+YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=64, beta_fast=4.0, beta_slow=0.5)
 LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)
 COUSINS = {
     "gpt2": ("gpt2", dict(LAYER, ffn="gelu_tanh", bias=True, positions="learned"), {}),
@@ -85,11 +85,11 @@ COUSINS = {
     "stablelm": ("stablelm", dict(LAYER, rotary=0.25, n_kv_heads=2), dict(rope_dimension_count=2, parallel_residual=False)),
     "stablelm with biases": ("stablelm", dict(LAYER, rotary=0.5, qkv_bias=True), dict(rope_dimension_count=4, parallel_residual=False)),
     "qwen2": ("qwen2", dict(qk_norm=False, qkv_bias=True), {}),
-    "qwen3, yarn": ("qwen3", dict(rope_scaling=YARN), dict(rope_scaling_type="yarn", rope_scaling_factor=4.0, rope_scaling_orig_ctx_len=16,
-                                                           rope_scaling_yarn_beta_fast=16.0, rope_scaling_yarn_beta_slow=2.0)),
+    "qwen3, yarn": ("qwen3", dict(rope_scaling=YARN), dict(rope_scaling_type="yarn", rope_scaling_factor=4.0, rope_scaling_orig_ctx_len=64,
+                                                           rope_scaling_yarn_beta_fast=4.0, rope_scaling_yarn_beta_slow=0.5)),
     "qwen3, yarn with a factor": ("qwen3", dict(rope_scaling=dict(YARN, attention_factor=1.5)),
-                                  dict(rope_scaling_type="yarn", rope_scaling_factor=4.0, rope_scaling_orig_ctx_len=16,
-                                       rope_scaling_yarn_beta_fast=16.0, rope_scaling_yarn_beta_slow=2.0, rope_scaling_yarn_attn_factor=1.5)),
+                                  dict(rope_scaling_type="yarn", rope_scaling_factor=4.0, rope_scaling_orig_ctx_len=64,
+                                       rope_scaling_yarn_beta_fast=4.0, rope_scaling_yarn_beta_slow=0.5, rope_scaling_yarn_attn_factor=1.5)),
     "llama with biases": ("llama", dict(qk_norm=False, bias=True), {}),
     "qwen2 as a llama": ("llama", dict(qk_norm=False, qkv_bias=True), {}),
     "llama, linear": ("llama", dict(qk_norm=False, rope_scaling=dict(rope_type="linear", factor=2.0)), dict(rope_scaling_type="linear", rope_scaling_factor=2.0)),
