@@ -113,3 +113,31 @@ def test_threads_are_put_back():
     before = torch.get_num_threads()
     go(steps=1, batch=2, threads=before + 1)
     assert torch.get_num_threads() == before
+
+
+def test_muon_looks_ahead_and_multiplies_the_short_side():
+    from torch.utils.flop_counter import FlopCounterMode
+    from tiny_llm.training.optim import Muon, newton_schulz
+    torch.manual_seed(0)
+    p, first, second = torch.nn.Parameter(torch.randn(6, 4)), torch.randn(6, 4), torch.randn(6, 4)
+    want = p.detach() - 0.02 * 6 ** 0.5 * newton_schulz(first.lerp(0.05 * first, 0.95), 5)
+    mean = 0.95 * 0.05 * first + 0.05 * second
+    want = want - 0.02 * 6 ** 0.5 * newton_schulz(0.05 * second + 0.95 * mean, 5)
+    opt = Muon([p], lr=0.1, weight_decay=0.0)
+    for p.grad in (first, second): opt.step()
+    torch.testing.assert_close(p.detach(), want, atol=2e-3, rtol=0)
+    def products(*shape):
+        with FlopCounterMode(display=False) as count: newton_schulz(torch.randn(shape), 1)
+        return count.get_total_flops()
+    assert products(8, 64) == products(64, 8) < products(64, 64) / 8
+
+
+def test_rare_words_move_little_beside_muon():
+    "At a gradient of 1e-6 Adam would take whole steps; the tables' epsilon of 1e-3 makes them a thousandth."
+    from tiny_llm.training.optim import make_optimizer
+    model, _, _ = parts()
+    table = next(m for m in model.modules() if isinstance(m, torch.nn.Embedding)).weight
+    before, opt = table.detach().clone(), make_optimizer(model, "muon", 0.01)
+    for w in model.parameters(): w.grad = torch.full_like(w, 1e-6)
+    opt.step(1.0)
+    assert 0 < (table - before).abs().max() < 1e-4
