@@ -9,6 +9,7 @@ __all__ = ['UNPRINTABLE', 'OFF', 'HELP', 'fit_prompt', 'ChatSession', 'printable
 # %% ../../nbs/4_assistant/06_chat.ipynb #d84c8ed8
 import html, re, signal, sys, threading, time
 from contextlib import contextmanager
+from itertools import chain
 from typing import Iterator
 
 from fastcore.basics import patch
@@ -165,13 +166,12 @@ def run_command(
 # %% ../../nbs/4_assistant/06_chat.ipynb #67388b0a
 class _Keys:
     "What Control-C does in `talk`, by `mode`: None, `line` (one is read), `reply` (one is written) or `hurry`."
-    def __init__(self, session): self.session, self.mode = session, None
+    def __init__(self): self.mode = None
 
     def __call__(self, signum=None, frame=None):
         # the mode changes first: one press, one exception
         mode, self.mode = self.mode, "hurry" if self.mode == "reply" else None
         if mode in ("line", "hurry"): raise KeyboardInterrupt
-        if mode == "reply": self.session.stop()
 
     @contextmanager
     def during(self, mode):
@@ -199,10 +199,10 @@ def _answer(session, line, write, mark, keys):
     if line.startswith("/"): return write(run_command(session, line) + "\n")
     forgotten = session.forgotten
     pieces = session.reply(line)
-    if keys.mode == "hurry": session.stop()     # pressed before there was a reply to stop
     if session.forgotten > forgotten: write(f"({session.notice})\n")
     write(mark)
-    for piece in pieces:
+    for piece in chain([""], pieces):           # "": the key may have been pressed before the first token
+        if keys.mode == "hurry": session.stop()
         write(printable(piece))
     write(" (stopped)\n" if session.last.reason == "interrupted" else "\n")
 
@@ -216,7 +216,7 @@ def talk(
     "A conversation in a terminal. Control-C stops a reply; /exit, Control-D, or Control-C twice at the prompt leave."
     you, it, off = ("\x1b[1;34m", "\x1b[1;32m", "\x1b[0m") if colour else ("", "", "")
     write("Type a message; /help lists commands, /exit leaves.\n")
-    keys, ended = _Keys(session), -1.0     # when the last reply ended
+    keys, ended = _Keys(), -1.0            # when the last reply ended
     pressed = 0                            # how often Control-C was pressed at the prompt in a row
     with keys.heard():
         while pressed < 2:
@@ -237,7 +237,7 @@ def talk(
                     _answer(session, line, write, f"{it}model>{off} ", keys)
             except UserError as e: write(f"{e}\n")
             except KeyboardInterrupt:
-                session.stop()
+                session.last = None       # broken off wherever it was: nobody asks it again
                 write(" (stopped)\n")
             if not line.startswith("/"): ended = time.monotonic()
 
