@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COLORS', 'LOCKS', 'UserError', 'did_you_mean', 'note', 'figure', 'check', 'exercise', 'ladder', 'ladder_table',
            'slow_time', 'stored_outputs', 'ask_first', 'pick_device', 'write_file', 'sha256', 'read_json', 'owned',
-           'single_process']
+           'taken', 'single_process']
 
 # %% ../nbs/01_basics.ipynb #3b92e71d
 import contextlib, hashlib, inspect, io, json, os, platform, re, sys, time
@@ -377,6 +377,14 @@ def _owner(file):
     "Who has signed, or what can be said without a name."
     try: return file.read_text(encoding="utf-8").strip()[:200] or "another process"
     except (OSError, ValueError): return "another process"
+
+# %% ../nbs/01_basics.ipynb #96dcf46f
+def taken(
+    folder,   # Path
+) -> bool:
+    "Whether there is a file of this name, or a folder with anything in it but locks and half-written files."
+    if not folder.is_dir(): return folder.exists()
+    return any(p.name not in LOCKS and not (p.name[0] == "." and p.suffix == ".part") for p in folder.iterdir())
 
 # %% ../nbs/01_basics.ipynb #db149e4a
 def single_process():

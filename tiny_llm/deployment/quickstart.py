@@ -11,7 +11,7 @@ import json, time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..basics import LOCKS, UserError, note, owned, read_json, write_file
+from ..basics import UserError, note, owned, read_json, taken, write_file
 from ..training.config import TrainConfig, check_number
 
 # %% ../../nbs/5_deployment/04_quickstart.ipynb #ed588679
@@ -123,10 +123,6 @@ def _begun_before(folder, asked, past):
     return past
 
 # %% ../../nbs/5_deployment/04_quickstart.ipynb #6c0a16eb
-def _taken(folder):
-    "Whether there is a file of this name, or a folder with anything in it."
-    return folder.exists() and (not folder.is_dir() or any(p.name not in LOCKS for p in folder.iterdir()))
-
 def begin(
     folder,        # Path
     asked: dict,   # minutes, seed, preset; None: not given
@@ -140,7 +136,7 @@ def begin(
     if past:
         raise UserError(f"{folder} already holds a quickstart; go on with it (--resume), "
                         "or choose another folder (--out)")
-    if _taken(folder):
+    if taken(folder):
         raise UserError(f"{folder} already exists and is not empty; choose another folder (--out)")
     given = {name: value for name, value in asked.items() if value is not None}
     asked = dict(minutes=4.0, seed=0, preset=preset) | given
@@ -276,7 +272,7 @@ def quickstart(
     if preset: shape(preset)
     pick_device(device)
     asked = folder, dict(minutes=minutes, seed=seed, preset=preset), resume, recipe.stories.preset
-    if resume or _taken(folder): begin(*asked)     # complains before anything is written there, a lock too
+    if resume or taken(folder): begin(*asked)     # complains before anything is written there, a lock too
     with owned(folder):
         told, tuned = train_both(folder, begin(*asked), device, recipe)
         s = judge(told, tuned, device, recipe) | dict(folder=str(folder), wall_seconds=time.perf_counter() - start)

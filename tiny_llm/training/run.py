@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as from_bytes, save as to_bytes
 from tqdm.auto import tqdm
 
-from ..basics import LOCKS, UserError, figure, note, read_json, sha256, write_file
+from ..basics import UserError, figure, note, read_json, sha256, taken, write_file
 from ..transformer.sizes import flops_per_token
 from .config import TrainConfig, split_record, to_dict
 from .folder import load, mend, save, swap_in
@@ -469,7 +469,7 @@ def past_run(
                         f"to train its model further, load {folder}/last and start a new run")
     if resume: return split_record(config, folder / "config.json")
     if config: raise UserError(f"{folder} already holds a run; go on with it (resume), or choose another folder")
-    if folder.exists() and (not folder.is_dir() or any(p.name not in LOCKS for p in folder.iterdir())):
+    if taken(folder):
         raise UserError(f"{folder} already exists and is not empty; choose another folder")
 
 # %% ../../nbs/3_training/04_run.ipynb #a0990cf3
