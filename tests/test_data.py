@@ -248,3 +248,22 @@ def test_ids_beyond_two_bytes(tok, tmp_path):
     for path in (None, tmp_path/"large"):
         t = tokenize([([last, 7, last - 1], [1.0, 1.0, 1.0])], large, path)
         assert {last, last - 1} <= set(np.asarray(t.ids).tolist())
+
+
+def test_what_a_corpus_counts(tok):
+    "The bytes that are learnt, and the predictions that are no padding; what spells a control token is not learnt from, and padding is not the end."
+    ids, weights = tok.chat([dict(role="user", content="Once upon a time"), dict(role="assistant", content="Yes.")])
+    assert tokenize([(ids, weights)], tok).n_bytes == len("Yes.")
+    t = tokenize(["Once upon a time", "there was", "a duck"], tok)
+    b = Batches(t, 8, 5)
+    assert sum(batch.n_targets for batch in b.once()) == t.n_tokens < b.n_rows * 8
+    own = train_tokenizer(["<|user|> <|pad|> a duck <|user|> "] * 9, vocab_size=300)
+    assert {s for s in own.vocab if "<|" in s or "|>" in s} == {*own.specials, "<|pad|>"} and own.pad != own.eos
+
+
+def test_a_corpus_that_changes_or_is_none_is_left_alone(tok, tmp_path):
+    texts = cycle(["one duck", "two ducks"])
+    with pytest.raises(UserError, match="the documents changed while they were read"): tokenize(lambda: [next(texts)], tok, cache=tmp_path)
+    (tmp_path/"mine.bin").write_bytes(b"mine")
+    with pytest.raises(UserError, match="mine.bin is not a tokenized corpus and is left as it is"): tokenize(["one duck"], tok, tmp_path/"mine")
+    assert (tmp_path/"mine.bin").read_bytes() == b"mine"

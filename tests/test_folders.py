@@ -278,3 +278,26 @@ def test_a_card_that_cannot_be_read_stops_nothing(folder, text):
     (folder/"README.md").write_bytes(text.encode("latin-1"))
     model, tok = load(folder, "cpu")
     assert model.about == (dict(license="mit") if "license: mit" in text else {})
+
+
+def test_all_draws_that_a_folder_names_are_read(tmp_path):
+    from tiny_llm.training.folder import _read_generation
+    draws = dict(temperature=0.5, top_k=3, top_p=0.9)
+    (tmp_path/"generation_config.json").write_text(json.dumps(dict(eos_token_id=[1, 99]) | draws))
+    assert _read_generation(tmp_path, dict(eos_token_id=2), 10) == ({1, 2}, draws)
+
+
+def test_a_vocabulary_that_grew_is_the_same_one(tmp_path):
+    import tokenizers
+    from tiny_llm.basics import UserError
+    from tiny_llm.text.tokenizer import Tokenizer, train_tokenizer
+    from tiny_llm.training.folder import _fingerprint, _require_same
+    first, other = train_tokenizer(["one duck, two ducks"] * 3, 270), train_tokenizer(["three geese, four geese"] * 3, 270)
+    def grown(tok):
+        raw = tokenizers.Tokenizer.from_str(tok.json_text)
+        raw.add_tokens(["more", "again"])
+        return Tokenizer(raw, tok.template, tok.named)
+    config = dict(tiny_llm=dict(tokenizer_sha256=_fingerprint(first)))
+    for tok in (first, grown(first)): _require_same(tok, 400, tmp_path, config)
+    for tok in (other, grown(other)):
+        with pytest.raises(UserError, match="does not belong to its model"): _require_same(tok, 400, tmp_path, config)

@@ -107,6 +107,14 @@ def test_quickstart_command(watch):
     agrees(dict(calls)["quickstart"], minutes=0.5, out="q", seed=6, device="cpu", preset="tiny", resume=True)
 
 
+def test_the_chat_after_a_quickstart(watch, monkeypatch):
+    watch("deployment.quickstart", quickstart={})
+    calls, tty = watch("deployment.cli", chat=None), SimpleNamespace(isatty=lambda: True)
+    monkeypatch.setattr(cli, "sys", SimpleNamespace(stdin=tty, stdout=tty))
+    cli.quickstart(out="q", device="cpu")
+    agrees(dict(calls)["chat"], model=str(Path("q")/"model"), device="cpu")
+
+
 def test_info_and_plot(watch, tmp_path):
     assert "vocabulary 300, context 64" in fine("info --preset tiny --vocab_size 300 --ctx 64")
     for name in ("stories", "chat"): (tmp_path/"q"/name).mkdir(parents=True)
@@ -117,6 +125,13 @@ def test_info_and_plot(watch, tmp_path):
 def test_words_of_the_line():
     assert cli.parse_options(cli.train, ["--no_compile"]) == cli.parse_options(cli.train, ["--no-compile"]) == dict(compile=False)
     assert cli.parse_options(cli.train, ["--compile", "--steps", "3"]) == dict(compile=True, steps=3)
+
+
+def test_text_on_a_line_is_read_whatever_the_locale(monkeypatch):
+    monkeypatch.setattr(cli, "as_typed", str.upper)
+    assert cli.parse_options(cli.train, ["--column", "x", "--data", "y"]) == dict(column="X", data="y")
+    assert cli.parse_options(cli.generate, ["--prompt", "x", "--model", "y"]) == dict(prompt="X", model="y")
+    assert cli.parse_options(cli.chat, ["--system", "x"]) == dict(system="X")
 
 
 @pytest.fixture
@@ -261,3 +276,39 @@ def test_replies_are_graded_at_temperature_0(watch):
     agrees(dict(calls)["story_talk"], split="test", seed=6)
     right = round(90 * grade["share"])
     assert grade["n"] == 90 and 0 < right < 90 and sum(grade["faults"].values()) == 90 - right
+
+
+def test_only_what_teaches_is_held_out():
+    pairs = [([n], [n % 2]) for n in range(400)]
+    kept, held = tiny_llm.assistant.finetune.hold_out(pairs, 0)
+    assert len(held) == 10 and all(weights == [1] for _, weights in held) and len(kept) == 390
+
+
+def test_requests_stand_anywhere_in_a_conversation():
+    from tiny_llm.text.dialogues import conversations
+    from tiny_llm.text.tokenizer import train_tokenizer
+    tok = train_tokenizer([m["content"] for c in conversations(20) for m in c], 400)
+    cuts, _ = tiny_llm.assistant.finetune.held_out_requests(tok, 60, 0, 2000)
+    assert all(c[-1]["role"] == "user" for c in cuts) and {1, 3} <= {len(c) for c in cuts}
+
+
+def test_a_long_reply_leaves_room_for_what_was_said():
+    from tiny_llm.text.tokenizer import train_tokenizer
+    from tiny_llm.transformer.model import Transformer, preset
+    tok = train_tokenizer(["Hi there, hello."] * 9, 300)
+    session = tiny_llm.assistant.chat.ChatSession(Transformer(preset("tiny", vocab_size=len(tok), ctx=128)), tok, max_tokens=500)
+    session.turns = [dict(role="user", content="Hi"), dict(role="assistant", content="Hello")] * 2
+    session.reply("Hi")
+    assert session.forgotten == 0 and session.last.prompt == tok.prompt(session.turns[:-1])
+
+
+def test_what_is_forgotten_is_told_once():
+    said, chat = [], tiny_llm.assistant.chat
+    session = SimpleNamespace(forgotten=0, notice="told", last=SimpleNamespace(reason="stop"))
+    for n in (2, 2, 4):
+        def reply(line, n=n):
+            session.forgotten = n
+            return ["Yes."]
+        session.reply = reply
+        chat._answer(session, "Hi", said.append, "", SimpleNamespace(mode="reply"))
+    assert [s for s in said if s.strip()] == ["(told)\n", "Yes.", "Yes.", "(told)\n", "Yes."]

@@ -197,6 +197,23 @@ def test_a_stream_that_breaks_is_taken_up_again(pauses, capsys, breaks, waits):
     assert capsys.readouterr().err.count("broke (ConnectionError: Server disconnected) at row 57") == breaks
 
 
+def test_each_break_has_all_its_tries(pauses):
+    class Twice(Stream):
+        def __init__(self): self.left = {57: 3, 90: 3}
+        def __iter__(self):
+            for n, row in enumerate(DOCS):
+                if self.left.get(n):
+                    self.left[n] -= 1
+                    raise ConnectionError("Server disconnected")
+                yield row
+    assert documents(Twice()) == documents(DOCS) and pauses == [1, 2, 4] * 2
+
+
+def test_what_is_held_out_follows_the_seed():
+    held = sources.held_out("stories", 3, seed=1)
+    assert held == documents("stories", "val", 3, 1) != documents("stories", "val", 3, 0)
+
+
 def test_a_stream_that_stays_broken_says_where_and_goes_on_there(pauses, monkeypatch):
     monkeypatch.setattr(sources, "FEW", 20)          # so that documents come before row 57
     stream, got = Stream(99), []

@@ -9,8 +9,9 @@ from tiny_llm.basics import UserError
 from tiny_llm.text.batches import tokenize
 from tiny_llm.training.config import TrainConfig, changed
 from tiny_llm.training.folder import load
-from tiny_llm.training.run import Clock, Run, resolved
-from tiny_llm.training.train import Training, evaluate_loss, loss_of, train, train_and_val
+from tiny_llm.training.run import Clock, Run, read_metrics, resolved, resumed
+from tiny_llm.training.train import Training, evaluate_loss, glimpse, loss_of, train, train_and_val
+from tiny_llm.transformer.model import Transformer, preset
 
 PLAIN = TrainConfig(steps=9, batch=2, ctx=64, lr=1e-2, optimizer="adamw", weight_decay=0.01, dtype="float32", compile=False)
 
@@ -58,6 +59,75 @@ def test_an_evaluation_leaves_the_model_as_it_was():
     with pytest.raises(UserError, match="NaN or infinite"): evaluate_loss(model, tok, docs[:4])
 
 
+def test_a_run_is_evaluated_at_its_own_context():
+    t = begun(val=True, ctx=16)
+    t.evaluate()
+    short, long = (evaluate_loss(t.model, t.tok, t.val, ctx=ctx, floor=1.0) for ctx in (16, 64))
+    assert t.scores["nats_per_token"] == short["nats_per_token"] != long["nats_per_token"]
+    assert short["gap"] == pytest.approx(short["nats_per_token"] - 1.0)
+
+
+def test_an_evaluation_is_capped():
+    "As many whole documents as fit, and their floor; of a first one that is too long, the beginning."
+    _, tok, docs = parts()
+    _, held, floor = train_and_val(docs, docs[:40], tok, 1000)
+    assert 1 < len(held) < 40 and 500 < held.n_tokens <= 1000
+    assert floor * held.n_tokens == pytest.approx(sum(d.nats for d in docs[:len(held)]))
+    _, held, _ = train_and_val(docs, docs[:40], tok, 20)
+    assert len(held) == 1 and held.n_tokens < 40
+
+
+def test_a_sample_moves_no_random_state():
+    model, tok, _ = parts()
+    before = torch.get_rng_state()
+    said = [glimpse(model, tok, seed=seed) for seed in (0, 0, 1)]
+    assert torch.equal(before, torch.get_rng_state()) and said[0] == said[1] != said[2]
+
+
+def test_fewer_threads_must_save_a_tenth(monkeypatch):
+    from tiny_llm.training import train as trainer
+    t = begun()
+    for fewest, seconds in (2, {4: 1.0, 2: 0.5, 1: 0.8}), (1, {4: 1.0, 2: 0.9, 1: 0.7}), (4, {4: 1.0, 2: 0.95, 1: 0.93}):
+        monkeypatch.setattr(trainer, "_timed_step", lambda t, loss, seconds=seconds: seconds[torch.get_num_threads()])
+        torch.set_num_threads(4)
+        assert trainer._fastest_threads(t) == fewest
+
+
+def test_a_run_goes_on_with_its_own_text_and_shape(tmp_path):
+    go(tmp_path/"run", steps=4, batch=2, stop_at=2)
+    model, tok, docs = parts()
+    def again(model, docs): return train(model, tok, docs, val=False, out=tmp_path/"run", device="cpu", resume=True, quiet=True)
+    with pytest.raises(UserError, match="the text is not the one that the run in .* was started with"): again(model, docs[1:])
+    wide = Transformer(preset("tiny", vocab_size=len(tok), ctx=64, d_model=64))
+    with pytest.raises(UserError, match="the model's d_model is 64, but the run in .* was started with 32"): again(wide, docs)
+    memory = tmp_path/"run/last/state/optimizer.safetensors"
+    memory.write_bytes(memory.read_bytes()[:-1] + bytes([memory.read_bytes()[-1] ^ 1]))
+    with pytest.raises(UserError, match="optimizer.safetensors is missing or damaged"): again(model, docs)
+
+
+def test_settings_of_a_run(tmp_path):
+    "The batch follows from the run's context; how often is logged may change at a resume; a damaged line is no end."
+    assert resolved(TrainConfig(steps=5, ctx=32), parts()[0], "cpu").batch == 2304 // 32
+    assert resumed(TrainConfig(steps=5, log_every=2), dict(log_every=3), "r") == TrainConfig(steps=5, log_every=3)
+    whole, cut = '{"step": 1}\n{"step": 2}\n{"st', '{"step": 1}\n{"st\n{"step": 2}\n'
+    (tmp_path/"metrics.jsonl").write_text(whole)
+    assert [r["step"] for r in read_metrics(tmp_path/"metrics.jsonl")] == [1, 2]
+    (tmp_path/"metrics.jsonl").write_text(cut)
+    with pytest.raises(UserError, match="line 2 of .* is damaged"): read_metrics(tmp_path/"metrics.jsonl")
+    with pytest.raises(UserError, match="warmup is 1"): TrainConfig(warmup=1)
+    assert changed(TrainConfig(minutes=3.0), steps=None) == TrainConfig(minutes=3.0)
+
+
+def test_limit_holds_for_what_is_held_out(monkeypatch):
+    from tiny_llm.training import train as trainer
+    model, tok, docs = parts()
+    limits = []
+    monkeypatch.setattr(trainer, "documents", lambda *a, **kw: docs)
+    monkeypatch.setattr(trainer, "held_out", lambda name, limit, **kw: limits.append(limit) or docs[:2])
+    train(model, tok, steps=1, batch=2, limit=60, device="cpu", compile=False, quiet=True)
+    assert limits == [3]
+
+
 def test_best_is_the_lowest_loss(tmp_path, monkeypatch):
     "Also across a pause; what is kept beside it is the last."
     from tiny_llm.training import train as trainer
@@ -81,10 +151,10 @@ def test_what_is_remembered_across_a_pause(tmp_path):
     "Tokens, time, budget, best loss and lines; those logged behind the checkpoint are taken out."
     t = begun(tmp_path/"run", val=True)
     t.clock.before, t.clock.lost, t.clock.reserve = 500.0, 7.0, 9.0
-    for _ in range(2): t.advance(0)
+    for _ in range(2): t.advance(0.5)
     t.evaluate()
     t.log(note="at the checkpoint")
-    t.advance(0)
+    t.advance(0.5)
     t.log(note="behind it")
     again = begun(tmp_path/"run", val=True)
     again.restore()
@@ -92,13 +162,30 @@ def test_what_is_remembered_across_a_pause(tmp_path):
     assert 0 < again.tokens < t.tokens and again.tokens == t.metrics[0]["tokens"]
     lines = [json.loads(line) for line in (tmp_path/"run/metrics.jsonl").read_text().splitlines()]
     assert lines == again.metrics and [r["step"] for r in lines] == [2, 2]
-    again.advance(0)
+    again.advance(0.5)
     assert all(torch.equal(a, b) for a, b in zip(t.model.parameters(), again.model.parameters()))
 
 
 def test_a_pause_comes_at_its_step(tmp_path):
     run = go(tmp_path/"run", steps=6, batch=2, stop_at=3)
     assert (run.summary["stopped"], run.summary["step"]) == ("paused", 3)
+    assert run.summary["train_loss"] == [r["loss"] for r in run.metrics if "loss" in r][-1]
+
+
+def test_a_run_is_saved_when_asked(tmp_path, monkeypatch):
+    from tiny_llm.training import train as trainer
+    saved, write = [], trainer.write_checkpoint
+    monkeypatch.setattr(trainer, "write_checkpoint", lambda *a: saved.append(a[4]["step"]) or write(*a))
+    run = go(tmp_path/"run", steps=9, batch=2, save_every=2, eval_every=5, log_every=3)
+    assert saved == [0, 2, 4, 5, 6, 8, 9] and [r["step"] for r in run.metrics if "val" in r] == [0, 5, 9]
+    assert [r["step"] for r in run.metrics if "loss" in r] == [3, 5, 6, 9]
+
+
+def test_time_that_was_lost_before_a_pause_counts():
+    t = begun()
+    t.clock.lost = 7.0
+    t.prepare()
+    assert t.clock.lost > 7.0
 
 
 def test_conversations_are_held_out_by_the_seed():
@@ -141,3 +228,36 @@ def test_rare_words_move_little_beside_muon():
     for w in model.parameters(): w.grad = torch.full_like(w, 1e-6)
     opt.step(1.0)
     assert 0 < (table - before).abs().max() < 1e-4
+
+
+# What a gap is made of ----------------------------------------------------------------------------------------------
+
+def test_a_unit_is_of_the_kind_that_costs_most(monkeypatch):
+    "Every character is made a word: those that one token spans are one unit, of the kind of the least likely."
+    from tiny_llm.training import evaluate
+    model, tok, docs = parts()
+    text, costs = str(docs[0])[:60], [(7 * i) % 5 + i / 1000 for i in range(60)]
+    monkeypatch.setattr(evaluate, "surprisals", lambda doc: [(i, i + 1, f"kind {i}", costs[i]) for i in range(len(doc))])
+    model.train()
+    row = evaluate.units(model, tok, [text])[0][:-1]
+    assert model.training, "as it was"
+    dearest = [max(range(a, b), key=lambda i: costs[i]) for a, b, *_ in row]
+    assert [kind for _, _, kind, *_ in row] == [f"kind {i}" for i in dearest] and any(i > a for i, (a, *_) in zip(dearest, row))
+
+
+def test_gaps_are_summed_by_story():
+    from tiny_llm.training.evaluate import sum_by_kind
+    rows = [[(0, 1, "sure", 1.0, 0.5), (1, 2, "rare", 4.0, 1.0)], [(0, 1, "sure", 1.5, 0.5), (1, 2, "rare", 2.0, 1.0)], [(0, 1, "rare", 3.0, 1.0)]]
+    first, second = sum_by_kind(rows)
+    assert (first["kind"], first["gap"], first["words"]) == ("rare", pytest.approx(2.0), 1.0) and second["gap"] == pytest.approx(0.5)
+    assert first["se"] == pytest.approx((1.0 / 3) ** 0.5), "gaps 3, 1, 2: their deviation is 1"
+
+
+def test_what_an_audit_counts():
+    import gzip
+    from tiny_llm.training.audit import audit, compressed
+    text = "a little duck went swimming " * 9
+    assert compressed(text)["gzip"] == 8 * len(gzip.compress(text.encode(), 9)) / len(text)
+    found = audit(perplexity=4, n_tokens=10, n_bytes=40, stride=8, ctx=64)
+    assert found.bits_per_byte == 0.5 and found.epochs == 8 and any("is read 8 times" in d for d in found.doubts)
+    assert not any("is read" in d for d in audit(perplexity=4, n_tokens=10, n_bytes=40, stride=16, ctx=64).doubts)

@@ -6,7 +6,7 @@ from hypothesis import given, strategies as st
 from tokenizers import normalizers
 from tiny_llm.text.bpe import BPE
 from tiny_llm.text.stories import stories
-from tiny_llm.text.tokenizer import CHAT_TEMPLATE, SPECIALS, Tokenizer, train_tokenizer
+from tiny_llm.text.tokenizer import CHAT_TEMPLATE, SPECIALS, Tokenizer, find_added, train_tokenizer
 
 CHATML = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
           "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
@@ -87,3 +87,9 @@ def test_a_chat_has_the_marks_of_its_template_and_no_others(data):
     if template not in (CHAT_TEMPLATE, LOOKS) and not tk.normalizer:  # those change what is typed
         said = tok.decode(ids)
         for m in chat: assert m["content"].strip() in said
+
+
+def test_a_single_word_stands_alone():
+    cat = [dict(id=7, content="cat", single_word=True, lstrip=False, rstrip=False, normalized=False, special=False)]
+    for text in ("concat it", "cats", "a cat9", "_cat"): assert find_added(text, cat) == [(text, None)], text
+    assert find_added("a cat.", cat) == [("a ", None), ("cat", 7), (".", None)]

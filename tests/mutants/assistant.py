@@ -25,6 +25,8 @@ MUTANTS = [
     ("assistant.generate", "\"ok\" if ended and verdict.ok else", "\"ok\" if verdict.ok else", "an unended story is graded as valid"),
     ("assistant.generate", "longest, temperature, seed=seed, batch=batch,", "longest, temperature, seed=0, batch=batch,", "the seed of the graded stories is ignored"),
     ("assistant.generate", "top_k=0,\n                          top_p=1.0)", "top_k=None)", "stories are graded with the folder's settings"),
+    ("assistant.generate", "if 0 < top_k < logits.shape[-1]:", "if 1 < top_k < logits.shape[-1]:", "top_k 1 keeps all"),
+    ("assistant.generate", "if len(ids) > model.cfg.ctx:", "if len(ids) >= model.cfg.ctx:", "a prompt as long as the context is refused"),
     # 4.02 finetune
     ("assistant.finetune", "pairs, held = hold_out(pairs, seed)", "_, held = hold_out(pairs, seed)", "it trains on what it holds out"),
     ("assistant.finetune", "train(model, tok, _weighted(pairs, tok, replay), config", "train(model, tok, _weighted(pairs, tok), config", "replay is ignored"),
@@ -40,6 +42,9 @@ MUTANTS = [
     ("assistant.finetune", "if row.get(\"system\") and not", "if row.get(\"systems\") and not", "the system message of a row is forgotten"),
     ("assistant.finetune", "if more: said = [*said[:-1]", "if more is None: said = [*said[:-1]", "the input of an instruction is forgotten"),
     ("assistant.finetune", "faults={k: m - right[k] for k, m in kinds.items() if m > right[k]}", "faults={k: m for k, m in kinds.items() if m > right[k]}", "right replies count as faults"),
+    ("assistant.finetune", "for k, (_, weights) in unique.items() if any(weights)]", "for k, (_, weights) in unique.items()]", "what teaches nothing is held out"),
+    ("assistant.finetune", "messages = c[:rng.randrange(1, len(c), 2)]", "messages = c[:1]", "only first requests are graded"),
+    ("assistant.finetune", "*, val=None,              # conversations to evaluate on", "*, val=False,              # conversations to evaluate on", "nothing is held out unless asked"),
     # 4.06 chat
     ("assistant.chat", "ids = tok.prompt(system + turns[f:])", "ids = tok.prompt((system if f == 0 else []) + turns[f:])", "the system message is forgotten with the oldest turns"),
     ("assistant.chat", "if len(ids) + room <= ctx: return ids, f", "if len(ids) < ctx: return ids, f", "no room is kept for the reply"),
@@ -58,4 +63,7 @@ MUTANTS = [
     ("assistant.chat", "text=html.escape(m[\"content\"]))", "text=m[\"content\"])", "what is typed becomes markup"),
     ("assistant.chat", "self.session.set(temperature=self.temperature.value, max_tokens=self.length.value)", "self.session.set(temperature=self.temperature.value)", "a slider moves nothing"),
     ("assistant.chat", "if self._stopped.is_set(): self.session.stop()", "pass", "Stop before the first token is not heard"),
+    ("assistant.chat", "room = min(self.settings[\"max_tokens\"], ctx // 2)", "room = self.settings[\"max_tokens\"]", "a long reply leaves no room for the past"),
+    ("assistant.chat", "if session.forgotten > forgotten: write", "if session.forgotten: write", "the notice is repeated at each message"),
+    ("assistant.chat", "\\x0b-\\x1f\\x7f-\\x9f", "\\x0b-\\x1a\\x7f-\\x9f", "escape sequences pass"),
 ]

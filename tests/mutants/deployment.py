@@ -48,4 +48,8 @@ MUTANTS = [
     ("deployment.cli", "(path, path / \"stories\", path / \"chat\")", "(path, path / \"stories\")", "plot forgets the second run"),
     ("deployment.cli", "rows = preset_rows(preset, size)", "rows = preset_rows(preset, {})", "info ignores --vocab_size and --ctx"),
     ("deployment.cli", "make(minutes, out, seed, device, preset, resume)", "make(minutes, out, seed, device, preset)", "quickstart drops --resume"),
+    ("deployment.cli", "TEXTS = (\"prompt\", \"system\", \"column\")", "TEXTS = (\"prompt\", \"system\")", "a column's name arrives wrong under LANG=C"),
+    ("deployment.cli", "chat(str(Path(out) / \"model\"), device=device)", "chat(str(Path(out) / \"model\"))", "the chat after a quickstart forgets the device"),
+    ("deployment.cli", "if \"preset\" in given: file = changed(file, model=None)", "pass", "a preset loses against the file's model"),
+    ("deployment.cli", "val = held_out(data, limit and max(1, limit // 20), *how) or False", "val = held_out(data, None, *how) or False", "limit does not hold for what is held out"),
 ]
