@@ -128,6 +128,14 @@ def test_limit_holds_for_what_is_held_out(monkeypatch):
     assert limits == [3]
 
 
+def test_weights_that_are_no_numbers_are_not_saved(tmp_path):
+    for bad in (math.nan, math.inf):
+        t = begun(tmp_path/"run")
+        with torch.no_grad(): next(t.model.parameters())[0, 0] = bad
+        with pytest.raises(UserError, match="weights are NaN or infinite and are not saved"): t.checkpoint(best=True)
+        assert not list((tmp_path/"run").iterdir())
+
+
 def test_best_is_the_lowest_loss(tmp_path, monkeypatch):
     "Also across a pause; what is kept beside it is the last."
     from tiny_llm.training import train as trainer
@@ -243,6 +251,15 @@ def test_a_unit_is_of_the_kind_that_costs_most(monkeypatch):
     assert model.training, "as it was"
     dearest = [max(range(a, b), key=lambda i: costs[i]) for a, b, *_ in row]
     assert [kind for _, _, kind, *_ in row] == [f"kind {i}" for i in dearest] and any(i > a for i, (a, *_) in zip(dearest, row))
+
+
+def test_padding_is_no_token_of_a_story():
+    from tiny_llm.training.evaluate import token_nats
+    model, tok, docs = parts()
+    texts = [str(docs[0])[:n] for n in (20, 60)]
+    for text, together in zip(texts, token_nats(model, tok, texts)):
+        alone, = token_nats(model, tok, [text])
+        assert len(together) == len(alone) == len(tok.encode(text)) + 1 and torch.allclose(together, alone, atol=1e-4)
 
 
 def test_gaps_are_summed_by_story():
