@@ -37,7 +37,7 @@ MUTANTS = [
     ("training.config", "if self.minutes and self.steps: raise UserError(\"give minutes or steps, not both\")", "pass", "minutes and steps together"),
     ("training.config", "zero = name in ZERO_TOO", "zero = True", "0 steps are accepted"),
     ("training.config", "not 0 <= value < math.inf", "not 0 <= value", "infinity is a number of minutes"),
-    ("training.config", "other = {\"minutes\": \"steps\", \"steps\": \"minutes\"}", "other = {}", "a new budget leaves the old one"),
+    ("training.config", "for o in other.get(n, []) if o not in given}", "for o in ()}", "a new budget leaves the old one"),
     ("training.config", "if \"settings\" in found: found = _from_old(found)", "found.pop(\"settings\", None)", "the old layout is forgotten"),
     # 3.04 run
     ("training.run", "found = {key: measure()} | known()", "found = known() | {key: measure()}", "of two processes that measure the second one counts"),
@@ -50,6 +50,8 @@ MUTANTS = [
     ("training.run", "if value is None or value == was or name in free: continue", "continue", "resume ignores what was asked for"),
     ("training.run", "def seconds(self): return self.before + time.perf_counter() - self.began", "def seconds(self): return time.perf_counter() - self.began",
      "the clock is forgotten at resume"),
+    ("training.run", "if self.again and step < self.steps: return self.again[step]", "pass", "a repeat spreads its steps evenly"),
+    ("training.train", "self.saved_step, self.shares = self.step, state.get(\"shares\")", "self.saved_step = self.step", "shares before a pause are forgotten"),
     ("training.run", "if self.steps: return min(1.0, step / self.steps)", "if self.steps: return min(1.0, (step + 1) / self.steps)", "progress is a step ahead"),
     ("training.run", "max(self.budget - self.reserve - self.lost, 1e-3))", "max(self.budget - self.lost, 1e-3))", "nothing is kept back for the end"),
     ("training.run", "if data.pop(\"sha256\", None) in (None, _seal(data)): return data", "data.pop(\"sha256\", None)\n    return data", "seals are not read"),

@@ -18,7 +18,7 @@ from ..text.batches import Tokens, tokenize
 from ..text.sources import read_rows
 from .generate import generate_batch, wilson
 from ..text.dialogues import SMALL_TALK, conversations as story_talk, fulfilled, wanted
-from ..training.config import TrainConfig, read_config, split_record
+from ..training.config import TrainConfig, config_of, read_config, split_record
 from ..training.run import past_run
 from ..training.train import train
 
@@ -186,6 +186,7 @@ def finetune(
     **kwargs,                 # as for `train`: minutes, steps, out, batch, lr, seed, resume, ...
 ):                            # Run
     "Teach a model to answer: train on conversations, with loss on the assistant's words only."
+    config = config_of(config, kwargs.get("repeat"))
     if isinstance(config, (str, Path)): config = split_record(read_config(config), config)[0]
     past = past_run(Path(kwargs["out"]).expanduser(), True) if kwargs.get("resume") and kwargs.get("out") else None
     settings = past[0] if past else config or TrainConfig()
