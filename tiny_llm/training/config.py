@@ -7,7 +7,7 @@ __all__ = ['OPTIMIZERS', 'DECAYS', 'DTYPES', 'CHOICES', 'SHORT', 'ZERO_TOO', 'ch
            'changed', 'config_of', 'takes_settings', 'read_config', 'split_record', 'to_dict']
 
 # %% ../../nbs/3_training/03_config.ipynb #5b1531dc
-import json, math
+import json, math, re
 from dataclasses import asdict, dataclass, fields, replace
 from numbers import Integral, Real
 from pathlib import Path
@@ -135,6 +135,18 @@ def takes_settings(
     return decorate
 
 # %% ../../nbs/3_training/03_config.ipynb #85b4e07b
+def _yaml_loader():
+    "YAML's safe loader, for which what looks like a time or has a leading zero is a text."
+    import yaml
+    class Loader(yaml.SafeLoader): pass
+    def number(self, node):
+        odd = re.search(r":|^[-+]?0[\d_]", node.value) and not node.value.startswith("0.")
+        return node.value if odd else yaml.SafeLoader.yaml_constructors[node.tag](self, node)
+    for name in ("int", "float"):
+        Loader.add_constructor(f"tag:yaml.org,2002:{name}", number)
+    return Loader
+
+# %% ../../nbs/3_training/03_config.ipynb #2fb553dd
 def read_config(
     path,     # .json, .yaml or .yml
 ) -> dict:    # what it holds, name by name
@@ -142,7 +154,7 @@ def read_config(
     path = Path(path).expanduser()
     if path.suffix.lower() not in (".yaml", ".yml"): return read_json(path)
     import yaml
-    try: found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    try: found = yaml.load(path.read_text(encoding="utf-8"), _yaml_loader())
     except OSError as e: raise UserError(f"{path} cannot be read ({e.strerror})") from None
     except (yaml.YAMLError, ValueError, RecursionError) as e:
         raise UserError(f"{path} cannot be read as YAML ({' '.join(str(e).split())})") from None

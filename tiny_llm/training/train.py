@@ -565,7 +565,7 @@ def train(
     floor: float = None,  # nats per token of `val`, where known; None: from the documents' own `nats`
     quiet: bool = False,  # no bar and no lines
     began: float = None,  # time.perf_counter() at which the minutes began; None: now
-    **kwargs,             # settings of `TrainConfig`, instead of those in `config`
+    **kwargs,             # settings of `TrainConfig`, instead of those in `config`; None: as there
 ) -> Run:
     "Train a model within a budget; what it measures and saves is described by `Run`."
     began, folder, device = began or time.perf_counter(), out and Path(out).expanduser(), pick_device(device)
