@@ -81,7 +81,10 @@ def as_messages(
     def first(names): return next((k for k in names if row.get(k)), next((k for k in names if k in row), None))
     said = next((turns for k in TALKS if (turns := _turns(row.get(k))) is not None), None)
     if said is None:
-        ask, reply = first(ASKS), first(REPLIES)
+        ask, reply, talk = first(ASKS), first(REPLIES), first(TALKS)
+        if talk and row[talk] and not (ask and reply):
+            raise UserError(f"{where} is no conversation: its {talk} hold {row[talk]!r:.60}; a list (in a table: as "
+                            "JSON) of role and content is needed")
         if not (ask and reply):
             missing = f"a reply ({', '.join(REPLIES)})" if ask else f"what is asked ({', '.join(ASKS)})"
             raise UserError(f"{where} is no conversation: it has {', '.join(map(str, row)) or 'nothing'}; "
@@ -249,7 +252,8 @@ def grade_chat(
                         f"{model.cfg.ctx}; use a smaller max_tokens")
     start = time.perf_counter()
     prompts = [tok.chat(m, reply=True)[0] for m in cuts]
-    made = generate_batch(model, tok, prompts, max_tokens, temperature, seed=seed, stop=[tok.end])
+    made = generate_batch(model, tok, prompts, max_tokens, temperature, seed=seed, stop=[tok.end], top_k=0,
+                          top_p=1.0)        # the model as it is, whatever its folder recommends
     seconds, kinds, right, examples = time.perf_counter() - start, Counter(), Counter(), []
     for messages, ids in zip(cuts, made):
         reply = tok.decode([i for i in ids if i not in (tok.end, tok.eos)], special=False)
