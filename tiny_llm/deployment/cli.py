@@ -265,7 +265,8 @@ def settings_of(
     "The settings that a line asks for."
     file, made = split_record(read_config(config), config) if config is not None else (TrainConfig(), {})
     for name, others in FOLLOW.items():         # in a run's config.json they were derived, so they are derived anew
-        if made and name in given and "repeat" not in given: file = changed(file, **{n: None for n in others if n not in given})
+        derived = made and name in given and "repeat" not in given
+        if derived: file = changed(file, **{n: None for n in others if n not in given})
     if "preset" in given: file = changed(file, model=None)
     if file.model and given.get("ctx"): file = changed(file, model={**file.model, "ctx": given["ctx"]})
     asked = changed(file, f"tiny_llm {word}", **given)
@@ -346,6 +347,8 @@ def _train(asked, made, config, given, out, device, resume, began):
     from tiny_llm.training.train import train as fit
     from tiny_llm.transformer.model import ModelConfig, Transformer
     past, tok = past_run(out, resume), None
+    start = past and past[0].data and past[1].get("source") == "documents" and past[1].get("began_with")
+    if start: raise UserError(f"the run in {out} is a fine-tuning of {start}; go on with tiny_llm finetune --resume")
     if past:
         asked = resumed(past[0], requested(asked, given, config), out)
         if (out / "last").exists(): tok = open_model(out / "last", "cpu")[1]
