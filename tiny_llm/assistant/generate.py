@@ -222,7 +222,9 @@ def sampling(
     given = {name: x for name, x in kwargs.items() if x is not None}
     own = {name: x for name, x in (getattr(model, "generation", None) or {}).items() if name not in given}
     try: check_sampling(**own)
-    except UserError as e: raise UserError(f"generation_config.json of {getattr(model, 'origin', 'the model')}: {e}") from None
+    except UserError as e:
+        folder = getattr(model, "origin", "the model")
+        raise UserError(f"generation_config.json of {folder}: {e}") from None
     settings = {**DEFAULTS, **own, **given}
     check_sampling(seed=seed, **settings)
     return settings
