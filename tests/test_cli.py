@@ -190,6 +190,9 @@ def test_quickstart_ends_by_itself(tmp_path):
 def sums(folder): return {p.name: p.read_bytes() for p in folder.iterdir() if p.suffix == ".safetensors"}
 
 
+def weights_of(run): return (run/"last"/"model.safetensors").read_bytes()
+
+
 def test_a_run_is_repeated_from_its_config(room):
     "Bit for bit, with the text, the vocabulary, the shape, the seed and the schedule from the file."
     fine("train", "--data", "ducks.txt", "--steps", 12, *SMALL, "--seed", 5, "--lr", "0.01", "--decay", "cosine", "--out", "a", cwd=room)
@@ -202,15 +205,36 @@ def test_a_run_is_repeated_from_its_config(room):
     assert sums(room/"a"/"best") != sums(room/"d"/"best"), "options on the line win over the file"
 
 
+def test_a_finetuning_is_resumed_by_finetune(room):
+    "What Ctrl-C leaves of one, to `train --resume`."
+    line = ("--model", "run", "--data", "chats.jsonl", "--steps", 4, "--batch", 4, "--no-compile", "--dtype", "float32", "--device", "cpu", "--out", "half")
+    fine("finetune", *line, cwd=room)
+    (room/"half"/"summary.json").unlink()
+    wrong("train", "--out", "half", "--resume", cwd=room, real=False, says="best; go on with tiny_llm finetune --resume")
+    fine("finetune", "--out", "half", "--resume", cwd=room)
+
+
 def test_a_finetuning_is_repeated_from_its_config(room):
     fine("finetune", "--model", "run", "--data", "chats.jsonl", "--steps", 4, "--batch", 4, "--no-compile", "--dtype", "float32", "--device", "cpu", "--out", "a", cwd=room)
     fine("finetune", "--model", "run", "--config", "a/config.json", "--device", "cpu", "--out", "b", cwd=room)
     assert sums(room/"a"/"best") == sums(room/"b"/"best")
 
 
+def test_runs_of_minutes_are_repeated(room):
+    "The settings and, for a fine-tuning, the model to begin with are those of the run."
+    fine("train", "--data", "ducks.txt", "--minutes", 0.15, *SMALL, "--seed", 5, "--out", "a", cwd=room)
+    fine("train", "--repeat", "a", "--device", "cpu", "--out", "b", cwd=room)
+    assert weights_of(room/"a") == weights_of(room/"b")
+    fine("finetune", "--model", "a", "--data", "chats.jsonl", "--minutes", 0.15, "--batch", 4, "--no-compile", "--dtype", "float32", "--device", "cpu", "--out", "c", cwd=room)
+    fine("finetune", "--repeat", "c", "--device", "cpu", "--out", "d", cwd=room)
+    assert weights_of(room/"c") == weights_of(room/"d")
+    assert json.loads((room/"d"/"config.json").read_text())["made"]["began_with"] == str(room/"a"/"best")
+
+
 @pytest.mark.parametrize("text, says", [("warm_up: 0.1", "has no setting 'warm_up'. Did you mean 'warmup'?"), ("steps: many", "steps is 'many'; give a whole number above 0"),
                                         ("compile: 3", "compile is 3; give true or false"), ("optimizer: adam", "Did you mean 'adamw'?"), ("- steps\n- 5", "holds no settings"),
                                         ("steps 5", "holds no settings"), ("lr: [1", "cannot be read as YAML"), ("", "holds no settings"), ("steps: 5\nminutes: 1", "not both"),
+                                        ("minutes: 1:30", "minutes is '1:30'; give a number above 0"), ("steps: 010", "steps is '010'; give a whole number"),
                                         ("model: 5", "give the fields of a model's shape"), ("data: 5", "data is 5; give a text")])
 def test_a_wrong_settings_file_is_one_line(room, text, says):
     (room/"bad.yaml").write_text(text)

@@ -143,15 +143,23 @@ def test_splits_share_nothing_and_cut_no_word(docs):
 
 # One by one ------------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("mark", [";", "\t", "|", "^"])
+@pytest.mark.parametrize("mark", [";", "\t", "|", "^", ":"])
 def test_a_table_is_not_one_column_of_whole_lines(tmp_path, mark):
     put(tmp_path, "a.csv", f"id{mark}text\n1{mark}One, two.\n2{mark}Three.\n")
     assert documents(tmp_path/"a.csv", "all") == ["One, two.", "Three."]
 
 
+@pytest.mark.parametrize("head", ["note: all", "a long name", "text"])
+def test_one_column_with_colons_and_spaces_stays_one(tmp_path, head):
+    texts = ["We left at 9:30.", "At 10:15:20 it rained", "Home"]
+    put(tmp_path, "a.csv", "\n".join([head, *texts, ""]))
+    assert documents(tmp_path/"a.csv", "all") == texts
+
+
 @pytest.mark.parametrize("name, data, says", [
     ("a.csv", "text,id,text\na,1,b\n", "2 columns of the name 'text'"), ("a.csv", "id;text\n1;a;b\n", "2 columns, but 3 fields in the row that begins in line 2"),
     ("a.csv", "id;text,raw\n1;a, b\n", "cannot be told: its header holds commas and semicolons"), ("a.jsonl", '{"text": "a", "text": "b"}', "has the name 'text' twice"),
+    ("a.csv", "id  text\n1   One, two.\n2   Three.\n", "set apart by spaces: 'id  text'"), ("a.csv", "id text\n1 One\n2 Two\n3 Three\n", "set apart by spaces: 'id text'"),
     ("a.csv", 'text\n"one" two\n', "the end of the field expected after"), ("a.tsv", "text\ttext\na\tb\n", "2 columns of the name 'text'")])
 def test_a_table_that_would_lose_something_is_refused(tmp_path, name, data, says):
     put(tmp_path, name, data)
@@ -169,7 +177,7 @@ def test_a_file_s_text_is_the_file_s_text(tmp_path, kind):
 def test_nothing_is_held_out_of_a_short_document(tmp_path, capsys):
     put(tmp_path, "a.txt", "Document 0 says hello.")
     assert documents(tmp_path/"a.txt") == ["Document 0 says hello."] and held_out(tmp_path/"a.txt") is None
-    assert "too little text" in capsys.readouterr().err and "no text for the split val" in all_of(documents, tmp_path/"a.txt", "val")
+    assert "too little text" in capsys.readouterr().err and "no text for the split val; give more text, or take all of it (--split all)" in all_of(documents, tmp_path/"a.txt", "val")
     long = "The ducks swam away. " * 200
     assert [documents([long], s)[0][:9] for s in ("train", "val", "test")] == ["The ducks"] * 3
 
@@ -240,3 +248,17 @@ def test_card_of_a_text_is_refused_before_the_work(tmp_path, monkeypatch):
     for out, says in ("a.txt", "exists"), ("a.txt/card.json", "is no folder"), (".", "exists"):
         code, _, err = same_process(["data", "--data", "a.txt", "--out", out], tmp_path)
         assert code == 2 and says in err and err.count("\n") == 1, err
+
+
+@pytest.mark.parametrize("row, says", [
+    (dict(messages="not json"), "its messages hold 'not json'; a list (in a table: as JSON)"), (dict(messages="[{'role': 'user'}]"), "its messages hold"),
+    (dict(conversation=5), "its conversation hold 5"), (dict(dialogue={"role": "user", "content": "Hi"}), "its dialogue hold {'role'"), (dict(messages="x", prompt="Hi"), "its messages hold 'x'")])
+def test_messages_that_are_no_list_are_shown(tmp_path, row, says):
+    put(tmp_path, "c.jsonl", json.dumps(row))
+    assert "row 1 of" in (said := all_of(read_conversations, tmp_path/"c.jsonl")) and says in said
+    assert "missing" not in said
+
+
+def test_messages_that_are_no_list_beside_an_instruction(tmp_path):
+    put(tmp_path, "c.jsonl", json.dumps(dict(messages="x", prompt="Hi", response="Ho")))
+    assert [m["content"] for m in read_conversations(tmp_path/"c.jsonl")[0]] == ["Hi", "Ho"]

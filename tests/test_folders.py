@@ -301,3 +301,36 @@ def test_a_vocabulary_that_grew_is_the_same_one(tmp_path):
     for tok in (first, grown(first)): _require_same(tok, 400, tmp_path, config)
     for tok in (other, grown(other)):
         with pytest.raises(UserError, match="does not belong to its model"): _require_same(tok, 400, tmp_path, config)
+
+
+def a_model():
+    import torch
+    from tiny_llm.text.tokenizer import train_tokenizer
+    from tiny_llm.transformer.model import ModelConfig, Transformer
+    torch.manual_seed(0)
+    tok = train_tokenizer(["The cat sat on the mat."] * 20, 270)
+    return Transformer(ModelConfig(vocab_size=len(tok), ctx=32, d_model=16, n_layers=1, n_heads=2)), tok
+
+
+@pytest.mark.parametrize("name, bad, good", [("temperature", "hot", 0.5), ("temperature", -1, 0.5), ("top_k", 2.5, 3), ("top_k", -1, 3), ("top_p", 2, 0.5), ("top_p", [0.5], 0.5)])
+def test_a_bad_draw_names_its_file(tmp_path, name, bad, good):
+    from tiny_llm.assistant.generate import generate, sampling
+    from tiny_llm.basics import UserError
+    from tiny_llm.training.folder import load, save
+    save(*a_model(), tmp_path/"m", generation={name: bad})
+    model, tok = load(tmp_path/"m", "cpu")
+    with pytest.raises(UserError, match=f"^generation_config.json of {tmp_path/'m'}: {name} is "): generate(model, tok, "The")
+    assert sampling(model, **{name: good})[name] == good      # what is given takes its place
+    with pytest.raises(UserError, match=f"^{name} is "): sampling(model, **{name: bad})
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_weights_that_are_no_numbers_are_not_saved(tmp_path, bad):
+    import torch
+    from tiny_llm.basics import UserError
+    from tiny_llm.training.folder import load, save
+    model, tok = a_model()
+    save(model, tok, tmp_path/"m")
+    with torch.no_grad(): next(model.parameters())[0, 0] = bad
+    with pytest.raises(UserError, match="the model to be saved holds values that are no numbers"): save(model, tok, tmp_path/"m")
+    assert [p.name for p in tmp_path.iterdir()] == ["m"] and load(tmp_path/"m", "cpu")

@@ -278,3 +278,29 @@ def test_what_an_audit_counts():
     found = audit(perplexity=4, n_tokens=10, n_bytes=40, stride=8, ctx=64)
     assert found.bits_per_byte == 0.5 and found.epochs == 8 and any("is read 8 times" in d for d in found.doubts)
     assert not any("is read" in d for d in audit(perplexity=4, n_tokens=10, n_bytes=40, stride=16, ctx=64).doubts)
+
+
+def test_a_run_of_minutes_is_repeated_bit_for_bit(tmp_path):
+    "Paused and resumed on the way; the repeat is paused, too."
+    go(tmp_path/"run", minutes=9, batch=2, dtype="float32", stop_at=4, eval_every=3)
+    run = go(tmp_path/"run", seed=7, resume=True, stop_at=9)
+    shares = json.loads((tmp_path/"run"/"last"/"state"/"state.json").read_text())["shares"]
+    assert len(shares) == 9 and shares == sorted(shares) and shares != [k / 9 for k in range(9)]
+    again = {name: tmp_path/name for name in ("whole", "paused")}
+    whole = go(again["whole"], repeat=str(tmp_path/"run"))
+    assert whole.summary["stopped"] == "finished" and whole.config.lr == run.config.lr and whole.config.minutes is None
+    go(again["paused"], repeat=str(tmp_path/"run"), stop_at=5)
+    rest = go(again["paused"], seed=7, resume=True)
+    for other in (whole, rest):
+        assert other.summary["step"] == 9 and all(torch.equal(a, b) for a, b in zip(weights(run), weights(other)))
+    twice = go(repeat=str(again["whole"]), steps=4)       # the first steps of a repeat
+    assert twice.summary["step"] == 4 and twice.metrics[-1]["lr"] != run.metrics[-1]["lr"]
+
+
+def test_what_cannot_be_repeated_says_why(tmp_path):
+    go(tmp_path/"steps", steps=3, batch=2)
+    for wrong, words in ((dict(repeat=str(tmp_path/"steps")), "a run of steps is repeated with its settings alone"),
+                         (dict(repeat=str(tmp_path/"none")), "none/config.json"),
+                         (dict(repeat=str(tmp_path/"steps"), minutes=1), "minutes or repeat")):
+        with pytest.raises(UserError, match=words): go(tmp_path/"new", **wrong)
+        assert not (tmp_path/"new").exists()

@@ -15,7 +15,7 @@ MUTANTS = [
     ("assistant.generate", "*tok.ends, *(stop or ())", "*tok.ends", "stop is ignored"),
     ("assistant.generate", "tok.end, *tok.ends,", "tok.end,", "the folder's ends are forgotten"),
     ("assistant.generate", "(seed * 1_000_003 + row) % 2 ** 32", "(seed + row) % 2 ** 32", "the second text of a seed is the first of the next"),
-    ("assistant.generate", "**(getattr(model, \"generation\", None) or {}), **given}", "**given, **(getattr(model, \"generation\", None) or {})}", "the folder wins over the person"),
+    ("assistant.generate", "settings = {**DEFAULTS, **own, **given}", "settings = {**DEFAULTS, **given, **(getattr(model, \"generation\", None) or {})}", "the folder wins over the person"),
     ("assistant.generate", "source = _random_source(seed)", "source = _random_source(None)", "the seed of a stream is ignored"),
     ("assistant.generate", "u[rows, k.clamp(0, u.shape[1] - 1)]", "u[:len(rows), k.clamp(0, u.shape[1] - 1)].diagonal()", "rows get the random numbers of others when some have ended"),
     ("assistant.generate", "ended = (k >= 0) & torch.isin(new, stop)", "ended = torch.isin(new, stop)", "a longer prompt may end before it has been read"),

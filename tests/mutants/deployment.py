@@ -26,7 +26,7 @@ MUTANTS = [
     ("deployment.cli", "action=\"store_false\", default=None", "action=\"store_true\", default=None", "--no_compile compiles"),
     ("deployment.cli", "if out: check_out(Path(out).expanduser())", "pass", "data complains after the work, or overwrites"),
     ("deployment.cli", "seed=seed, limit=limit, column=column)", "seed=seed, column=column)", "data ignores --limit"),
-    ("deployment.cli", "if made and name in given:", "if name in given and False:", "what was derived outlives what it was derived from"),
+    ("deployment.cli", "derived = made and name in given and \"repeat\" not in given", "derived = False", "what was derived outlives what it was derived from"),
     ("deployment.cli", "docs = documents(data, \"train\", limit, *how)", "docs = documents(data, \"train\", None, *how)", "train ignores --limit"),
     ("deployment.cli", "val = held_out(data, limit and", "val = documents(data, \"train\", limit and", "held-out documents are those of the training"),
     ("deployment.cli", "data, limit, how = config.data or \"stories\", config.limit, (config.seed, config.column)", "data, limit, how = config.data or \"stories\", config.limit, (0, config.column)",

@@ -18,7 +18,7 @@ from ..text.batches import Tokens, tokenize
 from ..text.sources import read_rows
 from .generate import generate_batch, wilson
 from ..text.dialogues import SMALL_TALK, conversations as story_talk, fulfilled, wanted
-from ..training.config import TrainConfig, read_config, split_record
+from ..training.config import TrainConfig, config_of, read_config, split_record
 from ..training.run import past_run
 from ..training.train import train
 
@@ -81,7 +81,10 @@ def as_messages(
     def first(names): return next((k for k in names if row.get(k)), next((k for k in names if k in row), None))
     said = next((turns for k in TALKS if (turns := _turns(row.get(k))) is not None), None)
     if said is None:
-        ask, reply = first(ASKS), first(REPLIES)
+        ask, reply, talk = first(ASKS), first(REPLIES), first(TALKS)
+        if talk and row[talk] and not (ask and reply):
+            raise UserError(f"{where} is no conversation: its {talk} hold {row[talk]!r:.60}; a list (in a table: as "
+                            "JSON) of role and content is needed")
         if not (ask and reply):
             missing = f"a reply ({', '.join(REPLIES)})" if ask else f"what is asked ({', '.join(ASKS)})"
             raise UserError(f"{where} is no conversation: it has {', '.join(map(str, row)) or 'nothing'}; "
@@ -186,6 +189,7 @@ def finetune(
     **kwargs,                 # as for `train`: minutes, steps, out, batch, lr, seed, resume, ...
 ):                            # Run
     "Teach a model to answer: train on conversations, with loss on the assistant's words only."
+    config = config_of(config, kwargs.get("repeat"))
     if isinstance(config, (str, Path)): config = split_record(read_config(config), config)[0]
     past = past_run(Path(kwargs["out"]).expanduser(), True) if kwargs.get("resume") and kwargs.get("out") else None
     settings = past[0] if past else config or TrainConfig()
@@ -248,7 +252,8 @@ def grade_chat(
                         f"{model.cfg.ctx}; use a smaller max_tokens")
     start = time.perf_counter()
     prompts = [tok.chat(m, reply=True)[0] for m in cuts]
-    made = generate_batch(model, tok, prompts, max_tokens, temperature, seed=seed, stop=[tok.end])
+    made = generate_batch(model, tok, prompts, max_tokens, temperature, seed=seed, stop=[tok.end], top_k=0,
+                          top_p=1.0)        # the model as it is, whatever its folder recommends
     seconds, kinds, right, examples = time.perf_counter() - start, Counter(), Counter(), []
     for messages, ids in zip(cuts, made):
         reply = tok.decode([i for i in ids if i not in (tok.end, tok.eos)], special=False)

@@ -220,7 +220,12 @@ def sampling(
     unknown = next((name for name in kwargs if name not in DEFAULTS), None)
     if unknown: raise UserError(f"There is no setting {unknown!r}.{did_you_mean(unknown, DEFAULTS)}")
     given = {name: x for name, x in kwargs.items() if x is not None}
-    settings = {**DEFAULTS, **(getattr(model, "generation", None) or {}), **given}
+    own = {name: x for name, x in (getattr(model, "generation", None) or {}).items() if name not in given}
+    try: check_sampling(**own)
+    except UserError as e:
+        folder = getattr(model, "origin", "the model")
+        raise UserError(f"generation_config.json of {folder}: {e}") from None
+    settings = {**DEFAULTS, **own, **given}
     check_sampling(seed=seed, **settings)
     return settings
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from fastcore.meta import delegates
 
 from ..basics import UserError, did_you_mean, note, owned, pick_device, single_process, write_file
-from ..training.config import TrainConfig, changed, read_config, split_record, takes_settings
+from ..training.config import TrainConfig, changed, config_of, read_config, split_record, takes_settings
 from .quickstart import QUICK, clock, finished, judged_rows, loss_rows, open_model, table, vocabulary
 
 # %% ../../nbs/5_deployment/05_cli.ipynb #0bc6496c
@@ -265,7 +265,8 @@ def settings_of(
     "The settings that a line asks for."
     file, made = split_record(read_config(config), config) if config is not None else (TrainConfig(), {})
     for name, others in FOLLOW.items():         # in a run's config.json they were derived, so they are derived anew
-        if made and name in given: file = changed(file, **{n: None for n in others if n not in given})
+        derived = made and name in given and "repeat" not in given
+        if derived: file = changed(file, **{n: None for n in others if n not in given})
     if "preset" in given: file = changed(file, model=None)
     if file.model and given.get("ctx"): file = changed(file, model={**file.model, "ctx": given["ctx"]})
     asked = changed(file, f"tiny_llm {word}", **given)
@@ -325,6 +326,7 @@ def train(
 ):
     "Train a tokenizer and a model on a text."
     began = time.perf_counter()                         # loading PyTorch belongs to the minutes
+    config = config_of(config, kwargs.get("repeat"))
     from tiny_llm.training.run import past_run
     from tiny_llm.transformer.model import preset as shape
     asked, made = settings_of(config, kwargs, "train")
@@ -345,6 +347,8 @@ def _train(asked, made, config, given, out, device, resume, began):
     from tiny_llm.training.train import train as fit
     from tiny_llm.transformer.model import ModelConfig, Transformer
     past, tok = past_run(out, resume), None
+    start = past and past[0].data and past[1].get("source") == "documents" and past[1].get("began_with")
+    if start: raise UserError(f"the run in {out} is a fine-tuning of {start}; go on with tiny_llm finetune --resume")
     if past:
         asked = resumed(past[0], requested(asked, given, config), out)
         if (out / "last").exists(): tok = open_model(out / "last", "cpu")[1]
@@ -420,7 +424,9 @@ def finetune(
     began, out = time.perf_counter(), Path(out).expanduser()
     from tiny_llm.assistant.finetune import finetune as fit, read_conversations
     from tiny_llm.training.run import past_run, requested, resumed
-    asked, _ = settings_of(config, kwargs, "finetune")
+    config = config_of(config, kwargs.get("repeat"))
+    asked, made = settings_of(config, kwargs, "finetune")
+    if asked.repeat: model = model or made.get("began_with")
     with owned(out if past_run(out, resume) else None):
         past = past_run(out, resume)
         # a run that goes on reads its own conversations again

@@ -55,15 +55,18 @@ class Reader(Teller):
     def slot(self, part, roles, at):
         "The word that the text has for a slot, its end, and its information in nats; or a Fault."
         kind, role, form = part
+        def fault(group, what, ways):       # a text that ends within one of the ways is not wrong, but unfinished
+            cut = any(way.startswith(self.given[at:]) for way in ways)
+            return Fault(len(self.given), "unfinished", what) if cut else Fault(at, group, what)
         if (w := roles.get(role)) is not None:
             want = w.forms[form]
             end = at + len(want)
             if self.given.startswith(want, at) and not self.given[end:end + 1].isalnum(): return w, end, 0.0
-            raise Fault(at, self.fault_kind(at, w.kind, form), want)
-        find, texts = pattern(kind, form)
-        if not (m := find.match(self.given, at)): raise Fault(at, self.fault_kind(at, kind, form), f"some {kind}")
-        w, ws = texts[m.group()], self.free(kind, roles)
-        if w not in ws: raise Fault(at, GROUPS.get(kind, "detail"), f"another {kind}")
+            raise fault(self.fault_kind(at, w.kind, form), want, [want])
+        (find, texts), ws = pattern(kind, form), self.free(kind, roles)
+        ways = [w.forms[form] for w in ws]
+        if not (m := find.match(self.given, at)): raise fault(self.fault_kind(at, kind, form), f"some {kind}", ways)
+        if (w := texts[m.group()]) not in ws: raise fault(GROUPS.get(kind, "detail"), f"another {kind}", ways)
         return w, m.end(), math.log(len(ws))
 
     def after_line(self, lines, weights, roles, begin):
@@ -74,7 +77,6 @@ class Reader(Teller):
 def fault_kind(self: Reader, at, kind, form):
     "spelling, the group of a kind whose word is the wrong one, or grammar."
     word = re.compile(r"[A-Za-z]*").match(self.given, at).group()
-    if at >= len(self.given): return "unfinished"
     if form in ("he", "his", "him", "He", "His"):
         return "pronoun" if word.lower() in ("he", "she", "his", "her", "him") else "grammar"
     alike = [k for k in WORDS if k == kind or k in GROUPS and GROUPS[k] == GROUPS.get(kind)]
@@ -118,7 +120,8 @@ def say(self: Reader, *lines, weights=None):
     "Find the one line that the text follows, and take it."
     tried = [self.follow(line) for line in lines]
     fits = [i for i, (*_, fault) in enumerate(tried) if fault is None]
-    if not fits: raise max((fault for *_, fault in tried), key=lambda f: (f.at, f.kind != "grammar"))
+    if not fits:    # who comes to the end of the text has found no fault
+        raise max((f for *_, f in tried), key=lambda f: (f.kind == "unfinished", f.at, f.kind != "grammar"))
     assert len(fits) == 1, f"two ways to read {self.given[self.at:]!r}: {[lines[i] for i in fits]}"
     before, begin = dict(self.roles), self.at
     self.at, self.roles, spans, _ = tried[fits[0]]

@@ -327,11 +327,15 @@ def _delimiter(path, head, lines):
         head.append(more + "\n")                           # a quoted name has more than one line
     found = [d for d in DELIMITERS if _widths(head, d)[0] > 1]
     if "\t" in found and kind_of(path) == ".tsv": return "\t"
-    if len(found) < 2: return found[0] if found else _NEVER
+    if len(found) == 1 or not found and not re.search("[: ]", head[0].strip()): return (found or [_NEVER])[0]
     while len(head) < 20 and sum(map(len, head)) < 2 ** 16 and (more := next(lines, None)) is not None:
         head.append(more + "\n")
-    fit = [d for d in found if len(set(_widths(head, d))) == 1 and len(_widths(head, d)) > 1]
-    if len(fit) == 1: return fit[0]
+    fit = [d for d in found or ": " if len(set(w := _widths(head, d))) == 1 < w[0] and len(w) > 1]
+    if len(fit) == 1 and fit != [" "]: return fit[0]
+    if not found and ("  " in head[0].strip() or fit and len(head) > 3):
+        raise UserError(f"the columns of {path} seem to be set apart by spaces: {head[0].strip()[:60]!r}; "
+                        "write it with commas, and with quotes around text")
+    if not found: return _NEVER      # a name may hold a space or a colon
     raise UserError(f"what separates the columns of {path} cannot be told: its header holds "
                     f"{' and '.join(DELIMITERS[d] for d in found)}, and {'several' if fit else 'none'} of them fit the "
                     "rows; write it with commas, and with quotes around text")
@@ -801,7 +805,8 @@ def _counted(docs, name, split, start):
     except Exception as e:
         if not isinstance(e, _Broken): raise
         raise UserError(f"{e}. {n:,} documents of {split} came before it; go on with start={n}") from None
-    if not n: raise UserError(f"{name} has no text{f' for the split {split}' * (split != 'all')}; give more text.")
+    more = "give more text" + ", or take all of it (--split all)" * (split in ("val", "test"))
+    if not n: raise UserError(f"{name} has no text{f' for the split {split}' * (split != 'all')}; {more}.")
     if start > n: raise UserError(f"start is {start:,}, but {name} has {n:,} documents of {split}.")
 
 # %% ../../nbs/2_text/07_sources.ipynb #c1e07546

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['OPTIMIZERS', 'DECAYS', 'DTYPES', 'CHOICES', 'SHORT', 'ZERO_TOO', 'check_number', 'check_choice', 'TrainConfig',
-           'changed', 'takes_settings', 'read_config', 'split_record', 'to_dict']
+           'changed', 'config_of', 'takes_settings', 'read_config', 'split_record', 'to_dict']
 
 # %% ../../nbs/3_training/03_config.ipynb #5b1531dc
-import json, math
+import json, math, re
 from dataclasses import asdict, dataclass, fields, replace
 from numbers import Integral, Real
 from pathlib import Path
@@ -57,6 +57,7 @@ class TrainConfig:
     model: dict = None          # shape of the model, field by field; None: that of the preset
     minutes: float = None       # budget, all included; None: 2, unless steps is given
     steps: int = None           # number of steps, instead of minutes
+    repeat: str = None          # run folder whose steps are taken again, at the same shares of the run; None: none
     batch: int = None           # B, rows per step; None: about 2,304 tokens on a CPU, more on a GPU
     ctx: int = None             # T, predictions per row; None: the model's
     lr: float = None            # learning rate at its highest; None: 0.02 for muon, 0.004 for adamw
@@ -82,6 +83,7 @@ class TrainConfig:
         for f in fields(self):
             _check(f.name, f.type, getattr(self, f.name))
         if self.minutes and self.steps: raise UserError("give minutes or steps, not both")
+        if self.minutes and self.repeat: raise UserError("give minutes or repeat, not both")
         if not self.warmup < 1:
             raise UserError(f"warmup is {self.warmup}; give the share of the run, from 0 to below 1")
 
@@ -109,9 +111,17 @@ def changed(
     known = [f.name for f in fields(TrainConfig)]
     for name in given:
         if name not in known: raise UserError(f"{where} has no setting {name!r}.{did_you_mean(name, known)}")
-    other = {"minutes": "steps", "steps": "minutes"}
-    instead = {other[n]: None for n in given if n in other and given[n] is not None and other[n] not in given}
+    other = {"minutes": ["steps", "repeat"], "steps": ["minutes"], "repeat": ["steps", "minutes"]}
+    instead = {o: None for n in given if given[n] is not None for o in other.get(n, []) if o not in given}
     return replace(config, **instead, **given)
+
+# %% ../../nbs/3_training/03_config.ipynb #86b9a32e
+def config_of(
+    config,            # TrainConfig or settings file, or None
+    repeat: str=None,  # run folder to repeat, or None
+):                     # the same `config`, or the file of that run
+    "Where settings begin."
+    return Path(repeat).expanduser() / "config.json" if config is None and repeat else config
 
 # %% ../../nbs/3_training/03_config.ipynb #f33a3f91
 def takes_settings(
@@ -125,6 +135,18 @@ def takes_settings(
     return decorate
 
 # %% ../../nbs/3_training/03_config.ipynb #85b4e07b
+def _yaml_loader():
+    "YAML's safe loader, for which what looks like a time or has a leading zero is a text."
+    import yaml
+    class Loader(yaml.SafeLoader): pass
+    def number(self, node):
+        odd = re.search(r":|^[-+]?0[\d_]", node.value) and not node.value.startswith("0.")
+        return node.value if odd else yaml.SafeLoader.yaml_constructors[node.tag](self, node)
+    for name in ("int", "float"):
+        Loader.add_constructor(f"tag:yaml.org,2002:{name}", number)
+    return Loader
+
+# %% ../../nbs/3_training/03_config.ipynb #2fb553dd
 def read_config(
     path,     # .json, .yaml or .yml
 ) -> dict:    # what it holds, name by name
@@ -132,7 +154,7 @@ def read_config(
     path = Path(path).expanduser()
     if path.suffix.lower() not in (".yaml", ".yml"): return read_json(path)
     import yaml
-    try: found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    try: found = yaml.load(path.read_text(encoding="utf-8"), _yaml_loader())
     except OSError as e: raise UserError(f"{path} cannot be read ({e.strerror})") from None
     except (yaml.YAMLError, ValueError, RecursionError) as e:
         raise UserError(f"{path} cannot be read as YAML ({' '.join(str(e).split())})") from None

@@ -129,6 +129,16 @@ def _card(
     return f"---\n{yaml.safe_dump(header, sort_keys=False, allow_unicode=True)}---\n\n" + text.rstrip("\n") + "\n"
 
 # %% ../../nbs/3_training/02_folder.ipynb #0f8f2724
+def _require_finite(
+    model,    # Transformer
+    where,    # its folder or file, for the message
+):
+    "UserError that names the first tensor that is not finite."
+    for name, w in hf_views(model).items():
+        if not w.isfinite().all():
+            raise UserError(f"{name} in {where} holds values that are no numbers (NaN or infinity): the model has "
+                            "diverged, or its files are damaged; use an earlier one")
+
 def _files(
     model, tok,  # what is saved
     generation,  # dict: fields of generation_config.json that replace the defaults
@@ -167,6 +177,7 @@ def save(
     if len(tok) > model.cfg.vocab_size:
         raise UserError(f"the tokenizer has {len(tok)} tokens, the model {model.cfg.vocab_size}; "
                         "use the model's own")
+    _require_finite(model, "the model to be saved")
     folder = Path(os.path.abspath(folder))
     mend(folder)
     _may_replace(folder)
@@ -269,16 +280,6 @@ def _build(folder, config):
         raise UserError(f"{folder/'config.json'} makes no model ({type(e).__name__}: {e}); "
                         "copy it again") from e
     return model
-
-def _require_finite(
-    model,    # Transformer
-    where,    # its folder or file
-):
-    "UserError that names the first tensor that is not finite."
-    for name, w in hf_views(model).items():
-        if not w.isfinite().all():
-            raise UserError(f"{name} in {where} holds values that are no numbers (NaN or infinity): the model has "
-                            "diverged, or its files are damaged; use an earlier one")
 
 # %% ../../nbs/3_training/02_folder.ipynb #a9e94c46
 def _read_generation(

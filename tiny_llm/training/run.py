@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['BEST_LR', 'TOKENS_PER_BATCH', 'COMPILE_FROM', 'FREE', 'TEXT', 'machine_file', 'kept', 'product_seconds', 'fast_dtype',
            'can_compile', 'compiled', 'shortened', 'at_most', 'total_operations', 'resolved', 'resumed', 'requested',
-           'Clock', 'write_sealed', 'read_sealed', 'write_checkpoint', 'sweep', 'read_checkpoint', 'disk_errors',
-           'plot_run', 'png_of', 'read_metrics', 'Run', 'past_run', 'stop_requests', 'Progress']
+           'Clock', 'write_sealed', 'read_sealed', 'write_checkpoint', 'sweep', 'read_checkpoint', 'shares_of',
+           'disk_errors', 'plot_run', 'png_of', 'read_metrics', 'Run', 'past_run', 'stop_requests', 'Progress']
 
 # %% ../../nbs/3_training/04_run.ipynb #a22f8cf4
 import base64, contextlib, errno, io, json, math, os, platform, shutil, signal, sys, textwrap, time, warnings
@@ -150,6 +150,8 @@ def resolved(
     ctx = config.ctx or model.cfg.ctx
     if ctx > model.cfg.ctx:
         raise UserError(f"ctx {ctx} is longer than the model's context of {model.cfg.ctx}")
+    if config.repeat:
+        config = replace(config, steps=config.steps or len(shares_of(config.repeat)))
     kind, compile = torch.device(device).type, config.compile
     batch = config.batch or max(1, TOKENS_PER_BATCH[kind] // ctx)
     if config.steps and compile is None:
@@ -196,8 +198,9 @@ class Clock:
         minutes=None,   # budget of the whole run, or None
         steps=None,     # number of steps, or None
         began=None,     # perf_counter() at which this session began; None: now
+        again=(),       # shares that were over before each step of another run: that of this one, too
     ):
-        self.budget, self.steps = minutes and 60 * minutes, steps
+        self.budget, self.steps, self.again = minutes and 60 * minutes, steps, again
         self.began = time.perf_counter() if began is None else began
         self.before = self.lost = self.reserve = 0.0   # seconds: earlier sessions, not spent on steps, kept for the end
 
@@ -208,6 +211,7 @@ class Clock:
         step: int,      # steps done
     ) -> float:         # 0 to 1
         "The share that is over."
+        if self.again and step < self.steps: return self.again[step]
         if self.steps: return min(1.0, step / self.steps)
         return min(1.0, max(0.0, self.seconds - self.lost) / max(self.budget - self.reserve - self.lost, 1e-3))
 
@@ -317,6 +321,19 @@ def read_checkpoint(
     model.load_state_dict(saved.state_dict())
     _set_random_states(state.pop("random"))
     return state
+
+# %% ../../nbs/3_training/04_run.ipynb #c527c951
+def shares_of(
+    folder,          # run folder
+    n: int = None,   # so many are needed; None: all that there are
+) -> list:           # of the run, over before each step
+    "The shares by which a run of minutes can be repeated."
+    shares = read_sealed(Path(folder).expanduser() / "last" / "state" / "state.json").get("shares")
+    if not shares:
+        raise UserError(f"{folder}/last keeps no shares of a run of minutes, so repeat cannot follow it; "
+                        f"a run of steps is repeated with its settings alone, {folder}/config.json")
+    if n and n > len(shares): raise UserError(f"steps is {n}, but the run in {folder} has taken {len(shares)}")
+    return shares
 
 # %% ../../nbs/3_training/04_run.ipynb #5847fdd6
 @contextlib.contextmanager

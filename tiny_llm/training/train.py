@@ -24,11 +24,11 @@ from ..text.large_corpora import LargeBatches
 from ..text.sources import documents, held_out
 from .optim import clip_gradients, make_optimizer, schedule
 from .folder import swap_in
-from .config import (TrainConfig, changed, check_number, read_config, split_record, takes_settings,
-                                      to_dict)
+from .config import (TrainConfig, changed, check_number, config_of, read_config, split_record,
+                                      takes_settings, to_dict)
 from .run import (Clock, Progress, Run, at_most, can_compile, compiled, disk_errors, past_run, png_of,
                                    read_checkpoint, read_metrics, requested, resolved, resumed, shortened,
-                                   stop_requests, sweep, write_checkpoint, write_sealed)
+                                   shares_of, stop_requests, sweep, write_checkpoint, write_sealed)
 
 # %% ../../nbs/3_training/05_train.ipynb #4d569a63
 def loss_of(
@@ -134,6 +134,7 @@ class Training:
         self.step = self.tokens = self.best_step = 0    # steps done; predictions learnt from
         self.saved_step = self.a_step = None            # of the last checkpoint; seconds of a step, once measured
         self.best, self.scores, self.metrics = math.inf, None, []
+        self.shares = [] if self.clock.budget or config.repeat else None    # of the run, over before each step
         self.batches = LargeBatches(tokens, config.ctx, config.batch, config.seed)
         self.opt = make_optimizer(model, config.optimizer, config.lr, config.weight_decay, config.betas)
         self.dtype = getattr(torch, config.dtype)
@@ -158,6 +159,7 @@ def advance(self: Training,
     self.opt.step(schedule(progress, config.warmup, config.decay))
     n, weight = int((b.w > 0).sum()), b.w.sum().item()
     self.step, self.tokens, self.grad_norm = self.step + 1, self.tokens + n, norm
+    if self.shares is not None: self.shares.append(progress)
     more = dict(loss=loss * weight, weight=weight, tokens=n, seconds=time.perf_counter() - began)
     self.since = {name: value + more[name] for name, value in self.since.items()}
     return loss
@@ -225,7 +227,7 @@ def checkpoint(self: Training,
         raise UserError(f"step {self.step}: weights are NaN or infinite and are not saved; try a lower learning rate")
     clock, last = self.clock, self.folder / "last"
     state = dict(step=self.step, tokens=self.tokens, elapsed=clock.seconds, lost=clock.lost, reserve=clock.reserve,
-                 best=self.best if math.isfinite(self.best) else None, best_step=self.best_step)
+                 best=self.best if math.isfinite(self.best) else None, best_step=self.best_step, shares=self.shares)
     write_checkpoint(last, self.model, self.tok, self.opt, state, self.card())
     self.saved, self.saved_step = time.perf_counter(), self.step
     if not best: return
@@ -244,7 +246,7 @@ def restore(self: Training):
     if (self.folder / "last").exists():
         state = read_checkpoint(self.folder / "last", self.model, self.tok, self.opt)
         self.step, self.tokens, self.best_step = state["step"], state["tokens"], state["best_step"]
-        self.saved_step = self.step
+        self.saved_step, self.shares = self.step, state.get("shares")       # None: of steps, or of an older version
         self.best = math.inf if state["best"] is None else state["best"]
         self.clock.before, self.clock.lost, self.clock.reserve = state["elapsed"], state["lost"], state["reserve"]
     rows = read_metrics(self.folder / "metrics.jsonl")
@@ -508,6 +510,7 @@ def what_is_kept(self: Training) -> str:
 def _settings(config, given, model, device, folder, resume):
     "(TrainConfig, record of the run that goes on, or None): of a new run or of the one in the folder."
     given = {name: value for name, value in given.items() if value is not None}
+    config = config_of(config, given.get("repeat"))
     if isinstance(config, (str, Path)): config = split_record(read_config(config), config)[0]
     if not isinstance(config, TrainConfig | None):
         raise UserError(f"config is {config!r}; give a TrainConfig, or the path of a settings file")
@@ -530,7 +533,7 @@ def _training(docs, val, tok, floor, began, asked):
         if val is None: val = held_out(name, less, column=config.column) or False      # False: too little text
     cap = min(65536, max(4096, int((config.minutes or 2) * 8_000)))       # an evaluation should take seconds
     tokens, held, least = train_and_val(source, val, tok, cap, config.seed)
-    clock = Clock(config.minutes, config.steps, began)
+    clock = Clock(config.minutes, config.steps, began, shares_of(config.repeat, config.steps) if config.repeat else ())
     least = least if floor is None else floor
     return Training(model.to(device), tok, tokens, config, folder, held, least, clock), name, made
 
@@ -562,7 +565,7 @@ def train(
     floor: float = None,  # nats per token of `val`, where known; None: from the documents' own `nats`
     quiet: bool = False,  # no bar and no lines
     began: float = None,  # time.perf_counter() at which the minutes began; None: now
-    **kwargs,             # settings of `TrainConfig`, instead of those in `config`
+    **kwargs,             # settings of `TrainConfig`, instead of those in `config`; None: as there
 ) -> Run:
     "Train a model within a budget; what it measures and saves is described by `Run`."
     began, folder, device = began or time.perf_counter(), out and Path(out).expanduser(), pick_device(device)
