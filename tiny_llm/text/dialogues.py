@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['REQUESTS', 'TOPICS', 'HEROES', 'ANY_STORY', 'SMALL_TALK', 'OUTSIDE', 'UNKNOWN', 'DONT_KNOW', 'NO_SUCH_STORY',
            'ABOUT_ALL', 'UNSAID', 'NOT_SAID', 'NOT_TOLD', 'ABOUT', 'TURN', 'STORY_ABOUT', 'phrasings', 'wishes',
-           'fitting', 'filled', 'typed', 'plain', 'request_pattern', 'wanted', 'turn', 'askable', 'questions',
-           'replies', 'kind_of', 'answers', 'fulfilled', 'said_and_answered', 'exchange', 'aside', 'telling', 'asking',
+           'fitting', 'filled', 'typed', 'plain', 'request_pattern', 'wanted', 'turn', 'askable', 'questions', 'spoken',
+           'kind_of', 'answers', 'fulfilled', 'said_and_answered', 'exchange', 'aside', 'telling', 'asking',
            'conversation', 'conversations']
 
 # %% ../../nbs/2_text/03_dialogues.ipynb #b47a0df0
@@ -271,7 +271,7 @@ def questions(
 STORY_ABOUT = re.compile(r"(?:.* )?stor(?:y|ies) (?:about|with) (?:an? |the )?(\w+)(?: in it)?(?:,? please)?")
 
 @lru_cache(None)
-def replies():
+def spoken():
     "What may be replied to what is said without a story: plain line -> (kind, replies)."
     known = {plain(line): ("outside", DONT_KNOW) for line in OUTSIDE}
     return known | {plain(line): ("small talk", right) for said, right in SMALL_TALK for line in said}
@@ -281,7 +281,7 @@ def kind_of(
 ) -> str:       # "story", "small talk", "outside" or "question"
     "What kind of thing a person asks for."
     asked = plain(text)
-    if asked in replies(): return replies()[asked][0]
+    if asked in spoken(): return spoken()[asked][0]
     if wanted(text) is not None: return "story"
     m = STORY_ABOUT.fullmatch(asked)
     return "outside" if m and m[1] in UNKNOWN else "question"
@@ -291,7 +291,7 @@ def answers(
 ) -> list:           # the right replies to small talk, a question, or what is outside; None if the judge cannot tell
     "What may be replied to a message that asks for no story."
     asked = plain(messages[-1]["content"])
-    if asked in replies(): return replies()[asked][1]
+    if asked in spoken(): return spoken()[asked][1]
     if kind_of(asked) == "outside": return NO_SUCH_STORY
     told = [m["content"] for m in messages[:-1] if m["role"] == "assistant"]
     read = [v for v in map(parse, reversed(told)) if v.ok]
