@@ -17,7 +17,7 @@ from ..basics import UserError, note
 from ..text.batches import Tokens, tokenize
 from ..text.sources import read_rows
 from .generate import generate_batch, wilson
-from ..text.dialogues import conversations as story_talk, fulfilled, kind_of
+from ..text.dialogues import conversations as story_talk, fulfilled, asked_for
 from ..training.config import TrainConfig, read_config, split_record
 from ..training.run import past_run
 from ..training.train import train
@@ -243,7 +243,7 @@ def grade_chat(
     seconds, kinds, right, examples = time.perf_counter() - start, Counter(), Counter(), []
     for messages, ids in zip(cuts, made):
         reply = tok.decode([i for i in ids if i not in (tok.end, tok.eos)], special=False)
-        kinds[kind := kind_of(messages[-1]["content"])] += 1
+        kinds[kind := asked_for(messages[-1]["content"])] += 1
         if fulfilled(messages, reply): right[kind] += 1
         elif len(examples) < 5: examples.append(dict(asked=messages[-1]["content"], reply=reply))
     good = sum(right.values())

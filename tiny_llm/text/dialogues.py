@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['REQUESTS', 'TOPICS', 'HEROES', 'ANY_STORY', 'SMALL_TALK', 'OUTSIDE', 'UNKNOWN', 'DONT_KNOW', 'NO_SUCH_STORY',
-           'ABOUT_ALL', 'UNSAID', 'NOT_SAID', 'NOT_TOLD', 'ABOUT', 'TURN', 'STORY_ABOUT', 'phrasings', 'wishes',
-           'fitting', 'filled', 'typed', 'plain', 'request_pattern', 'wanted', 'turn', 'askable', 'questions', 'spoken',
-           'kind_of', 'answers', 'fulfilled', 'said_and_answered', 'exchange', 'aside', 'telling', 'asking',
+           'ABOUT_ALL', 'UNSAID', 'NOT_SAID', 'NOT_TOLD', 'COLOUR', 'ABOUT', 'TURN', 'STORY_ABOUT', 'phrasings',
+           'wishes', 'fitting', 'filled', 'typed', 'plain', 'request_pattern', 'wanted', 'turn', 'askable', 'questions',
+           'spoken', 'asked_for', 'answers', 'fulfilled', 'said_and_answered', 'exchange', 'aside', 'telling', 'asking',
            'conversation', 'conversations']
 
 # %% ../../nbs/2_text/03_dialogues.ipynb #b47a0df0
@@ -19,22 +19,26 @@ from .stories import PLOTS, WORDS, Word, parts, tellings
 
 # %% ../../nbs/2_text/03_dialogues.ipynb #7920fde6
 REQUESTS = (
-    "Tell me a story about {a}.", "Please tell me a story about {tr.a} {hero} named {a}.", "Write a story about {topic}.",
+    "Tell me a story about {a}.", "Please tell me a story about {tr.a} {hero} named {a}.",
+    "Write a story about {topic}.",
     "I would like a story about {a} and {topic}.", "Can you tell me a story about {a}?",
     "Tell me a story about {a} and {b}.", "Please write a story with {b} in it.",
     "Make up a story about {topic} with {a} and {b}.", "Tell me a story with {thing.a} in it.",
     "I want a story about {a} and {c.a} {thing}.", "Tell me a story about {hero.a} and {c.a} {thing}.",
     "Could you tell a story about {a}, please?", "A story about {a}, please.", "Tell me a story about {hero.a}.",
     "Do you know a story about {a}?", "Tell me about {a}.", "Tell me a story about {hero.a} named {a}.",
-    "I want to hear about {hero.a}.", "Make up a story about {a}.", "Please tell me a story about {hero.a} called {a}.",
-    "Write about {hero.a} named {a}.", "Can you write a story about {hero.a}?", "I want a story about {tr.a} {hero}.",
+    "I want to hear about {hero.a}.", "Make up a story about {a}.",
+    "Please tell me a story about {hero.a} called {a}.",
+    "Write about {hero.a} named {a}.", "Can you write a story about {hero.a}?",
+    "I want a story about {tr.a} {hero}.",
     "Tell me a story about {tr.a} {hero}.", "A story with {hero.a} in it, please.", "Give me a story about {a}.",
     "Write a story in which {a} meets {b}.", "Tell me a story about {a} and a friend named {b}.",
     "I would like a story about {a} and {b}.", "Please make up a story about {a} and {b}.",
     "Tell me a story about {topic}.", "I would like to hear about {topic}.", "Do you have a story about {topic}?",
     "Can you make up a story about {topic}?", "Tell me about {topic}.", "Please tell me a story about {topic}.",
     "Tell me a story about {topic} with {a}.", "Write a story about {hero.a} and {topic}.",
-    "I want a story about {topic} and {a}.", "Write a story about {thing.a}.", "Tell me a story about {c.a} {thing}.",
+    "I want a story about {topic} and {a}.", "Write a story about {thing.a}.",
+    "Tell me a story about {c.a} {thing}.",
     "Can you tell me a story about {hero.a} and {thing.a}?", "I would like a story about {a} and {thing.a}.",
     "Please tell me a story about {c.a} {thing}.", "Do you know a story about {thing.a}?",
     "Tell me about {hero.a} and {c.a} {thing}.", "Write a story with {a} and {thing.a}.",
@@ -46,21 +50,25 @@ HEROES = {who: Word(who, "hero") for who in ("girl", "boy")} | {w.text: w for w 
 
 # %% ../../nbs/2_text/03_dialogues.ipynb #445d3ada
 ANY_STORY = (
-    "Tell me a story.", "Can you tell me a story?", "Tell me another story.", "A story, please.", "Another one, please.",
+    "Tell me a story.", "Can you tell me a story?", "Tell me another story.", "A story, please.",
+    "Another one, please.",
     "Please tell me a happy story.", "Tell me a happy story.", "I want to hear a story.", "One more, please.",
     "Tell me a short story.", "I am bored. Tell me a story.", "Another story!", "Tell me a bedtime story.",
     "Yes, please.", "Yes!", "Sure, tell me one.", "Surprise me.", "Write a story.", "Make up a story.",
     "Can I hear a story?", "Tell me something nice.", "Please tell me one.", "I would love to hear a story.",
-    "Yes, tell me a story.", "Again!", "Tell me a story for children.", "Could you tell me another one?", "Story, please.",
+    "Yes, tell me a story.", "Again!", "Tell me a story for children.", "Could you tell me another one?",
+    "Story, please.",
 )
 
 # %% ../../nbs/2_text/03_dialogues.ipynb #30918fe0
 SMALL_TALK = (
-    (("Hello!", "Hi!", "Hello there!", "Hi, how are you?", "Good morning!", "Hey!", "Good evening!", "How are you?",
+    (("Hello!", "Hi!", "Hello there!", "Hi, how are you?", "Good morning!", "Hey!", "Good evening!",
+      "How are you?",
       "Hello, how are you today?", "Hey there!", "Good afternoon!", "Are you there?"),
      ("Hello! Would you like to hear a story?", "Hi! I am happy to see you. Shall I tell you a story?")),
     (("Who are you?", "What are you?", "What is your name?", "Are you a person?", "Are you a robot?",
-      "Do you have a name?", "Are you human?", "What should I call you?", "Are you an AI?", "Tell me about yourself."),
+      "Do you have a name?", "Are you human?", "What should I call you?", "Are you an AI?",
+      "Tell me about yourself."),
      ("I am a tiny language model. I have no name, but I tell short stories.",
       "I am a very small language model that learned to tell stories.")),
     (("What can you do?", "How can you help me?", "What do you know?", "Help!", "What can I ask you?",
@@ -74,21 +82,26 @@ SMALL_TALK = (
     (("Thank you!", "Thanks!", "That was nice.", "I liked that story.", "What a lovely story!", "Great story!",
       "Thanks a lot!", "That is a good story.", "I love it!", "Well done!", "Very good.", "Nice!"),
      ("You are welcome!", "I am glad that you liked it.")),
-    (("Goodbye!", "Bye!", "See you later!", "Good night!", "I have to go now.", "See you!", "Bye bye!", "Until tomorrow!"),
+    (("Goodbye!", "Bye!", "See you later!", "Good night!", "I have to go now.", "See you!", "Bye bye!",
+      "Until tomorrow!"),
      ("Goodbye! Come back for another story.", "Bye! It was nice to talk to you.")),
-    (("No, thank you.", "No.", "Not now.", "Maybe later.", "No thanks!", "I do not want a story.", "Stop.", "Not today."),
+    (("No, thank you.", "No.", "Not now.", "Maybe later.", "No thanks!", "I do not want a story.", "Stop.",
+      "Not today."),
      ("All right. Ask me for a story whenever you like.", "That is fine. I am here if you want a story.")),
-    (("I did not like that story.", "That was bad.", "That makes no sense.", "You are wrong.", "That is not right.",
+    (("I did not like that story.", "That was bad.", "That makes no sense.", "You are wrong.",
+      "That is not right.",
       "That is not what I asked for.", "You are silly.", "That was boring."),
      ("I am sorry. I am very small and make mistakes. Shall I try again?",)),
-    (("Do you like me?", "Do you like stories?", "Are you happy?", "Can you think?", "Do you have feelings?", "Are you sad?",
+    (("Do you like me?", "Do you like stories?", "Are you happy?", "Can you think?", "Do you have feelings?",
+      "Are you sad?",
       "I am sad.", "I love you."),
      ("I am only a small program, and stories are all I have. Shall I tell you one?",)),
 )
 
 # %% ../../nbs/2_text/03_dialogues.ipynb #410279bb
 OUTSIDE = (
-    "What is the capital of France?", "How much is two plus two?", "What is the weather like?", "Who is the president?",
+    "What is the capital of France?", "How much is two plus two?", "What is the weather like?",
+    "Who is the president?",
     "What time is it?", "Can you write some code?", "What is the meaning of life?", "How far is the moon?",
     "Who won the game?", "Translate this into German.", "What is the news today?", "Can you do my homework?",
     "How do I cook rice?", "What is a computer?", "Who wrote Hamlet?", "How many people live on earth?",
@@ -104,7 +117,8 @@ UNKNOWN = tuple("""dragon dinosaur princess spaceship computer monster vampire g
     scientist engineer werewolf troll ogre mammoth octopus dolphin eagle bat""".split())
 DONT_KNOW = ("I do not know that. I only know the small world of my stories.",
              "That is outside my small world. Shall I tell you a story?")
-NO_SUCH_STORY = ("I know no story about that. Ask me for a lost thing, a birthday, a quarrel, a promise, a trade or a visit.",)
+NO_SUCH_STORY = ("I know no story about that. Ask me for a lost thing, a birthday, a quarrel, a promise, a trade "
+                 "or a visit.",)
 
 # %% ../../nbs/2_text/03_dialogues.ipynb #b1696a5a
 def phrasings(
@@ -182,69 +196,85 @@ UNSAID = ("What did {a} eat?", "How old is {a}?", "What is the favorite colour o
 NOT_SAID, NOT_TOLD = "The story does not say.", "I have not told you a story yet. Would you like one?"
 
 # %% ../../nbs/2_text/03_dialogues.ipynb #751951df
+COLOUR = (("What colour was the {x}?", "Which colour did the {x} have?", "What color was the {x}?",
+           "What colour was it?"), "The {x} was {c}.")
 ABOUT = {
     "a lost thing": (
-        (("What did {a} lose?", "What was lost?", "What was gone?", "What was {a} looking for?"), "{a} lost {c.a} {x}."),
-        (("Who helped {a}?", "Who helped?", "Who found out where the {x} was?", "Who knew where it was?"), "{b} helped {a}."),
+        (("What did {a} lose?", "What was lost?", "What was gone?",
+          "What was {a} looking for?"), "{a} lost {c.a} {x}."),
+        (("Who helped {a}?", "Who helped?", "Who found out where the {x} was?",
+          "Who knew where it was?"), "{b} helped {a}."),
         (("Where was the {x}?", "Where did they find it?", "Where was it?", "Where did {a} find the {x}?"),
          "The {x} was in the {q}."),
-        (("What colour was the {x}?", "Which colour did the {x} have?", "What color was the {x}?", "What colour was it?"),
-         "The {x} was {c}."),
-        (("Why did {a} need help?", "Why did {a} look everywhere?", "Why did {b} help {a}?", "Why was {a} searching?"),
+        COLOUR,
+        (("Why did {a} need help?", "Why did {a} look everywhere?", "Why did {b} help {a}?",
+          "Why was {a} searching?"),
          "Because {a} lost {c.a} {x}.")),
     "a birthday": (
         (("What did {a} give to {b}?", "What was in the box?", "What did {b} get?", "What was the present?"),
          "{a} gave {b} {c.a} {x}."),
         (("Whose birthday was it?", "Who had a birthday?", "Who got a present?", "Who was born on that day?"),
          "It was the birthday of {b}."),
-        (("What colour was the {x}?", "Which colour did the {x} have?", "What color was the {x}?", "What colour was it?"),
-         "The {x} was {c}."),
-        (("Why did {a} give {b} the {x}?", "Why did {b} get the {x}?", "Why did {b} get a present?", "Why the {x}?"),
+        COLOUR,
+        (("Why did {a} give {b} the {x}?", "Why did {b} get the {x}?", "Why did {b} get a present?",
+          "Why the {x}?"),
          "Because it was the birthday of {b}.")),
     "a quarrel": (
         (("Who said sorry?", "Who was sorry?", "Who broke the {x}?", "Who broke it?"), "{w} said sorry."),
         (("What broke?", "What was broken?", "What did they both want?", "What did they quarrel about?"),
          "The {c} {x} broke."),
-        (("What did they mend it with?", "How did they mend the {x}?", "How was the {x} mended?", "How did they mend it?"),
+        (("What did they mend it with?", "How did they mend the {x}?", "How was the {x} mended?",
+          "How did they mend it?"),
          "They mended it with {o.a}."),
         (("Why did they quarrel?", "Why was there a quarrel?", "Why did the {x} break?", "Why did they fight?"),
          "Because both wanted the {c} {x}.")),
     "a promise": (
-        (("What did {a} promise to bring?", "What did {a} promise?", "What was the promise?", "What should {a} bring home?"),
+        (("What did {a} promise to bring?", "What did {a} promise?", "What was the promise?",
+          "What should {a} bring home?"),
          "{a} promised to bring some {x}."),
-        (("Who was hungry?", "Who wanted the {x}?", "Who asked for the {x}?", "Who wanted to eat?"), "{b} was hungry."),
+        (("Who was hungry?", "Who wanted the {x}?", "Who asked for the {x}?",
+          "Who wanted to eat?"), "{b} was hungry."),
         (("Where did {a} get the {x}?", "Where did the {x} come from?", "Where was the {x}?", "Where did {a} go?"),
          "{a} got the {x} at the {q}."),
-        (("Why did {b} want the {x}?", "Why did {b} ask for the {x}?", "Why did {b} need the {x}?", "Why the {x}?"),
+        (("Why did {b} want the {x}?", "Why did {b} ask for the {x}?", "Why did {b} need the {x}?",
+          "Why the {x}?"),
          "Because {b} was hungry.")),
 }
 
 # %% ../../nbs/2_text/03_dialogues.ipynb #365d95bb
 ABOUT |= {
     "a trade": (
-        (("Who had the {x} at the end?", "Who has the {x} now?", "Who got the {x}?", "Who took the {x}?"), "{b} had the {x}."),
-        (("Who had the {y} at the end?", "Who has the {y} now?", "Who got the {y}?", "Who took the {y}?"), "{a} had the {y}."),
-        (("Where did {a} put the {y}?", "Where is the {y} now?", "Where was the {y} at night?", "Where is the {y}?"),
+        (("Who had the {x} at the end?", "Who has the {x} now?", "Who got the {x}?",
+          "Who took the {x}?"), "{b} had the {x}."),
+        (("Who had the {y} at the end?", "Who has the {y} now?", "Who got the {y}?",
+          "Who took the {y}?"), "{a} had the {y}."),
+        (("Where did {a} put the {y}?", "Where is the {y} now?", "Where was the {y} at night?",
+          "Where is the {y}?"),
          "{a} put the {y} in the {s}."),
         (("What did they trade?", "What did {a} and {b} trade?", "What did {a} do?", "What did they do?"),
          "{a} gave {b} the {x} for the {y}.")),
     "a visit": (
-        (("Where was the {x} when {a} came back?", "Where was the {x} in the end?", "Where was the {x}?", "Where was it?"),
+        (("Where was the {x} when {a} came back?", "Where was the {x} in the end?", "Where was the {x}?",
+          "Where was it?"),
          "The {x} was in the {z}."),
         (("Who came to visit?", "Who was the visitor?", "Who came in?", "Who visited {a}?"), "{b} came to visit."),
-        (("What colour was the {x}?", "Which colour did the {x} have?", "What color was the {x}?", "What colour was it?"),
-         "The {x} was {c}."),
-        (("Where did {a} put the {x}?", "Where was the {x} at first?", "Where did {a} leave the {x}?", "Where was it first?"),
+        COLOUR,
+        (("Where did {a} put the {x}?", "Where was the {x} at first?", "Where did {a} leave the {x}?",
+          "Where was it first?"),
          "{a} put the {x} in the {s}.")),
 }
 TURN = {  # plot, first word of the last fact's answer or whether the thing was moved -> question and answer
-    "kept": (("Did {a} keep the promise?", "Was the promise kept?", "Did {a} bring home the {x}?", "Did {a} keep it?"),
+    "kept": (("Did {a} keep the promise?", "Was the promise kept?", "Did {a} bring home the {x}?",
+              "Did {a} keep it?"),
              "Yes, {a} kept the promise."),
-    "broken": (("Did {a} keep the promise?", "Was the promise kept?", "Did {a} bring home the {x}?", "Did {a} keep it?"),
+    "broken": (("Did {a} keep the promise?", "Was the promise kept?", "Did {a} bring home the {x}?",
+                "Did {a} keep it?"),
                "No, {a} forgot the promise."),
-    "moved": (("What did {b} do?", "Did {b} touch the {x}?", "What did the visitor do?", "What did {b} do with the {x}?"),
+    "moved": (("What did {b} do?", "Did {b} touch the {x}?", "What did the visitor do?",
+               "What did {b} do with the {x}?"),
               "{b} put the {c} {x} in the {r}."),
-    "left": (("What did {b} do?", "Did {b} touch the {x}?", "What did the visitor do?", "What did {b} do with the {x}?"),
+    "left": (("What did {b} do?", "Did {b} touch the {x}?", "What did the visitor do?",
+              "What did {b} do with the {x}?"),
              "{b} saw the {c} {x}, but did not touch it."),
 }
 
@@ -276,7 +306,7 @@ def spoken():
     known = {plain(line): ("outside", DONT_KNOW) for line in OUTSIDE}
     return known | {plain(line): ("small talk", right) for said, right in SMALL_TALK for line in said}
 
-def kind_of(
+def asked_for(
     text: str,  # what a person said
 ) -> str:       # "story", "small talk", "outside" or "question"
     "What kind of thing a person asks for."
@@ -292,7 +322,7 @@ def answers(
     "What may be replied to a message that asks for no story."
     asked = plain(messages[-1]["content"])
     if asked in spoken(): return spoken()[asked][1]
-    if kind_of(asked) == "outside": return NO_SUCH_STORY
+    if asked_for(asked) == "outside": return NO_SUCH_STORY
     told = [m["content"] for m in messages[:-1] if m["role"] == "assistant"]
     read = [v for v in map(parse, reversed(told)) if v.ok]
     for v in read:
@@ -339,7 +369,8 @@ def telling(rng, t, split):
     "A request and its story."
     r = wishes(t.roles, t.plot)
     lines = phrasings(ANY_STORY, split) if rng.random() < 0.12 else fitting(r, split)
-    return [dict(role="user", content=typed(filled(rng.choice(lines), r), rng)), dict(role="assistant", content=t.text)]
+    asked = typed(filled(rng.choice(lines), r), rng)
+    return [dict(role="user", content=asked), dict(role="assistant", content=t.text)]
 
 def asking(rng, told, i, split):
     "A question about story i of those told, and its answer; nothing where the question means a later one."
