@@ -111,10 +111,11 @@ OUTSIDE = (
     "Is there life on Mars?", "How tall is the highest mountain?", "Write an email to my boss.",
     "What is the square root of nine?", "Do you know my birthday?", "Where am I?", "What did I do yesterday?",
 )
-UNKNOWN = tuple("""dragon dinosaur princess spaceship computer monster vampire ghost pirate mermaid fairy superhero zombie
-    astronaut detective soldier shark whale volcano planet alien cowboy ninja witch giant goblin phoenix laptop phone
-    railway football chess pizza hamburger skyscraper submarine helicopter motorcycle spaceman politician lawyer
-    scientist engineer werewolf troll ogre mammoth octopus dolphin eagle bat""".split())
+UNKNOWN = tuple("""dragon dinosaur princess spaceship computer monster vampire ghost pirate mermaid fairy
+    superhero zombie astronaut detective soldier shark whale volcano planet alien cowboy ninja witch giant
+    goblin phoenix laptop phone railway football chess pizza hamburger skyscraper submarine helicopter
+    motorcycle spaceman politician lawyer scientist engineer werewolf troll ogre mammoth octopus dolphin
+    eagle bat""".split())
 DONT_KNOW = ("I do not know that. I only know the small world of my stories.",
              "That is outside my small world. Shall I tell you a story?")
 NO_SUCH_STORY = ("I know no story about that. Ask me for a lost thing, a birthday, a quarrel, a promise, a trade "
@@ -195,7 +196,7 @@ UNSAID = ("What did {a} eat?", "How old is {a}?", "What is the favorite colour o
           "What was {a} wearing?", "Can {a} read?", "How tall is {b}?", "What did {b} dream of?")
 NOT_SAID, NOT_TOLD = "The story does not say.", "I have not told you a story yet. Would you like one?"
 
-# %% ../../nbs/2_text/03_dialogues.ipynb #751951df
+# %% ../../nbs/2_text/03_dialogues.ipynb #365d95bb
 COLOUR = (("What colour was the {x}?", "Which colour did the {x} have?", "What color was the {x}?",
            "What colour was it?"), "The {x} was {c}.")
 ABOUT = {
@@ -228,6 +229,10 @@ ABOUT = {
          "They mended it with {o.a}."),
         (("Why did they quarrel?", "Why was there a quarrel?", "Why did the {x} break?", "Why did they fight?"),
          "Because both wanted the {c} {x}.")),
+}
+
+# %% ../../nbs/2_text/03_dialogues.ipynb #751951df
+ABOUT |= {
     "a promise": (
         (("What did {a} promise to bring?", "What did {a} promise?", "What was the promise?",
           "What should {a} bring home?"),
@@ -239,10 +244,6 @@ ABOUT = {
         (("Why did {b} want the {x}?", "Why did {b} ask for the {x}?", "Why did {b} need the {x}?",
           "Why the {x}?"),
          "Because {b} was hungry.")),
-}
-
-# %% ../../nbs/2_text/03_dialogues.ipynb #365d95bb
-ABOUT |= {
     "a trade": (
         (("Who had the {x} at the end?", "Who has the {x} now?", "Who got the {x}?",
           "Who took the {x}?"), "{b} had the {x}."),
@@ -263,7 +264,9 @@ ABOUT |= {
           "Where was it first?"),
          "{a} put the {x} in the {s}.")),
 }
-TURN = {  # plot, first word of the last fact's answer or whether the thing was moved -> question and answer
+
+# %% ../../nbs/2_text/03_dialogues.ipynb #ee2aea49
+TURN = {   # which turn the story took -> ways to ask, answer
     "kept": (("Did {a} keep the promise?", "Was the promise kept?", "Did {a} bring home the {x}?",
               "Did {a} keep it?"),
              "Yes, {a} kept the promise."),
