@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ROLES', 'TALKS', 'ASKS', 'REPLIES', 'CONVERSATIONS', 'as_messages', 'read_conversations', 'chat_tokens', 'hold_out',
-           'finetune', 'asked_for', 'held_out_requests', 'grade_chat']
+           'finetune', 'held_out_requests', 'grade_chat']
 
 # %% ../../nbs/4_assistant/02_finetune.ipynb #daded07e
 import json, random, time
@@ -17,7 +17,7 @@ from ..basics import UserError, note
 from ..text.batches import Tokens, tokenize
 from ..text.sources import read_rows
 from .generate import generate_batch, wilson
-from ..text.dialogues import SMALL_TALK, conversations as story_talk, fulfilled, wanted
+from ..text.dialogues import asked_for, conversations as story_talk, fulfilled
 from ..training.config import TrainConfig, config_of, read_config, split_record
 from ..training.run import past_run
 from ..training.train import train
@@ -210,15 +210,6 @@ def finetune(
     ctx = wish if past else ctx           # of a run that goes on `train` compares what was asked for
     return train(model, tok, _weighted(pairs, tok, replay), config, val=held, ctx=ctx, **kwargs)
 
-# %% ../../nbs/4_assistant/02_finetune.ipynb #f50eefc3
-def asked_for(
-    messages: list,  # the last one by the person
-) -> str:            # "story", "small talk" or "question"
-    "What kind of thing a person asks for, in the embedded world."
-    text = messages[-1]["content"].strip()
-    if any(text in said for said, _ in SMALL_TALK): return "small talk"
-    return "story" if wanted(text) else "question"
-
 # %% ../../nbs/4_assistant/02_finetune.ipynb #c86ef16e
 def held_out_requests(
     tok,           # Tokenizer
@@ -257,7 +248,7 @@ def grade_chat(
     seconds, kinds, right, examples = time.perf_counter() - start, Counter(), Counter(), []
     for messages, ids in zip(cuts, made):
         reply = tok.decode([i for i in ids if i not in (tok.end, tok.eos)], special=False)
-        kinds[kind := asked_for(messages)] += 1
+        kinds[kind := asked_for(messages[-1]["content"])] += 1
         if fulfilled(messages, reply): right[kind] += 1
         elif len(examples) < 5: examples.append(dict(asked=messages[-1]["content"], reply=reply))
     good = sum(right.values())
