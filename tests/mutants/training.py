@@ -43,7 +43,7 @@ MUTANTS = [
     ("training.config", "for o in other.get(n, []) if o not in given}", "for o in ()}", "a new budget leaves the old one"),
     ("training.config", "if \"settings\" in found: found = _from_old(found)", "found.pop(\"settings\", None)", "the old layout is forgotten"),
     ("training.config", "if not self.warmup < 1:", "if not self.warmup <= 1:", "warmup may last the whole run"),
-    ("training.config", "and given[n] is not None and other[n] not in given}", "and other[n] not in given}", "a budget that was left out takes the other one away"),
+    ("training.config", "for n in given if given[n] is not None for o in", "for n in given for o in", "a budget that was left out takes the other one away"),
     # 3.04 run
     ("training.run", "found = {key: measure()} | known()", "found = known() | {key: measure()}", "of two processes that measure the second one counts"),
     ("training.run", "if key in known(): return known()[key]", "known()", "what was measured once is looked for in vain"),
