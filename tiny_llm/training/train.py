@@ -173,6 +173,7 @@ class Training:
         self.stop = self.stopped = self.looked_step = None   # why to stop; why it has; of the last evaluation
         self.best, self.scores, self.metrics, self.moved, self.warnings = math.inf, None, [], None, {}
         self.best_saved, self.whole_file = (math.inf, 0), True     # what best/ holds; metrics.jsonl has all lines
+        self.tenth, self.cost, self.looked = 0, 0.0, time.perf_counter()     # of the evaluations, for `evaluates`
         self.callbacks, self.events, self.quiet = [evaluates, logs, waits, notices, saves], [], True
         self.batches = LargeBatches(tokens, config.ctx, config.batch, config.seed)
         self.opt = make_optimizer(model, config.optimizer, config.lr, config.weight_decay, config.betas)
@@ -225,21 +226,23 @@ def advance(self: Training,
         part.backward()
         loss += part.detach()
     norm, loss = clip_gradients(self.model.parameters(), config.clip).item(), loss.item()
-    self.step, self.loss_now, self.grad_norm, more = self.step + 1, loss, norm, {}
+    self.step, self.loss_now, more = self.step + 1, loss, {}
     if math.isfinite(loss) and math.isfinite(norm):
         self.move(schedule(progress, config.warmup, config.decay))
-        n, self.in_a_row = sum(b.n_targets for b in parts), 0
+        n, self.in_a_row, self.grad_norm = sum(b.n_targets for b in parts), 0, norm
         self.tokens, more = self.tokens + n, dict(loss=loss * weight, weight=weight, tokens=n)
-    else: self.pass_over()
+    else: self.pass_over(norm)
     more["seconds"] = time.perf_counter() - began
     self.since = {name: value + more.get(name, 0) for name, value in self.since.items()}
     return loss
 
 @patch
-def pass_over(self: Training):
+def pass_over(self: Training,
+    norm: float,   # length of the gradient
+):
     "Count a step that was not taken."
     self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
-    self.warn("skipped", f"step {self.step}: the loss is {self.loss_now} and the gradient norm {self.grad_norm}; "
+    self.warn("skipped", f"step {self.step}: the loss is {self.loss_now} and the gradient norm {norm}; "
                          f"no step was taken ({self.skipped} so far)")
     if self.in_a_row < IN_A_ROW: return
     self.stop = "diverged"
