@@ -7,8 +7,8 @@ __all__ = ['BEST_LR', 'TOKENS_PER_BATCH', 'COMPILE_FROM', 'COMPILE_SECONDS', 'FE
            'fast_dtype', 'peak', 'most_memory', 'recompute', 'can_compile', 'compiled', 'shortened', 'at_most',
            'total_operations', 'resolved', 'Clock', 'disk_error', 'disk_errors', 'plot_run', 'png_of', 'read_metrics',
            'Run', 'past_run', 'stop_requests', 'evaluates', 'logs', 'waits', 'overfitting', 'notices', 'saves',
-           'Progress', 'weights_by_kind', 'update_ratios', 'layer_entropies', 'choose', 'outlook', 'review', 'record',
-           'same_run', 'run_card']
+           'Progress', 'weights_by_kind', 'update_ratios', 'layer_entropies', 'standard_error', 'choose', 'outlook',
+           'review', 'record', 'same_run', 'run_card']
 
 # %% ../../nbs/3_training/04_run.ipynb #a22f8cf4
 import contextlib, errno, io, json, math, os, platform, shutil, signal, sys, textwrap, time, warnings
@@ -533,6 +533,16 @@ def layer_entropies(
         for hook in hooks:
             hook.remove()
     return found
+
+# %% ../../nbs/3_training/04_run.ipynb #aa2f7a57
+def standard_error(
+    nats,     # (D,) of each document
+    counts,   # (D,) predictions in each
+) -> float:   # nats per prediction; None if there is one document
+    "How far the mean would wander over other documents (equation 3.04.5)."
+    n = len(nats)
+    off = nats - nats.sum() / counts.sum() * counts
+    return ((off.square().sum() * n / (n - 1)).sqrt() / counts.sum()).item() if n > 1 else None
 
 # %% ../../nbs/3_training/04_run.ipynb #9562fd02
 def _timed_step(t, loss):
