@@ -16,7 +16,7 @@ MUTANTS = [
     ("deployment.quickstart", "if value not in (None, past[name]):", "if value is None and past[name] is None:", "resume ignores other wishes"),
     ("deployment.quickstart", "dict(minutes=4.0, seed=0, preset=preset) | given", "given | dict(minutes=4.0, seed=0, preset=preset)", "the defaults win"),
     ("deployment.quickstart", "resume=(folder / \"config.json\").is_file()", "resume=False", "the resume flag is dropped"),
-    ("deployment.quickstart", "if run.summary.get(\"stopped\") == \"finished\": return run", "if run.summary.get(\"stopped\"): return run", "an interrupted run counts as finished"),
+    ("deployment.quickstart", "if run.summary.get(\"stopped\") in (\"finished\", \"patience\"): return run", "if run.summary.get(\"stopped\"): return run", "an interrupted run counts as finished"),
     ("deployment.quickstart", "save(*open_model(tuned.folder, \"cpu\")", "save(*open_model(told.folder, \"cpu\")", "the model before fine-tuning is kept"),
     ("deployment.quickstart", "val=evaluate_loss(model, tok, held), val_before_chat=evaluate_loss(base, tok, held)", "val=evaluate_loss(base, tok, held), val_before_chat=evaluate_loss(model, tok, held)",
      "before and after are swapped"),
