@@ -9,7 +9,8 @@ from tiny_llm.basics import UserError
 from tiny_llm.text.batches import tokenize
 from tiny_llm.training.config import TrainConfig, changed
 from tiny_llm.training.folder import load
-from tiny_llm.training.run import Clock, Run, read_metrics, resolved, resumed
+from tiny_llm.training.config import resumed
+from tiny_llm.training.run import Clock, Run, read_metrics, resolved
 from tiny_llm.training.train import Training, evaluate_loss, glimpse, loss_of, train, train_and_val
 from tiny_llm.transformer.model import Transformer, preset
 
