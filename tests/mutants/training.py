@@ -118,4 +118,15 @@ MUTANTS = [
     ("training.audit", "n_tokens * math.log2(perplexity) / n_bytes", "n_tokens * math.log(perplexity) / n_bytes", "nats for bits"),
     ("training.audit", "passes * ctx / stride if stride else None", "passes * stride / ctx if stride else None", "the stride upside down"),
     ("training.audit", "if a.epochs and a.epochs > 4:", "if a.epochs and a.epochs > 40:", "many epochs raise no doubt"),
+    # 3.12 improvements
+    ("training.improvements", "signal, noise = (B * large - b * small) / (B - b), (small - large) / (1 / b - 1 / B)", "signal, noise = large, (small - large) / (1 / b - 1 / B)", "the large batch is taken for the truth"),
+    ("training.improvements", "large += sum((t / parts).pow(2)", "large += sum(t.pow(2)", "the sum of the gradients instead of their mean"),
+    ("training.improvements", "t * statistics.stdev(values) / len(values) ** 0.5", "t * statistics.stdev(values)", "the deviation of one seed instead of the mean's"),
+    ("training.improvements", "free = len(values) - 1", "free = len(values)", "a degree of freedom too many"),
+    ("training.improvements", "lr, now = low * (high / low) ** (k / (steps - 1)), loss(net)", "lr, now = low + (high - low) * k / (steps - 1), loss(net)", "the rate rises in a line"),
+    ("training.improvements", "net, mean, found = copy.deepcopy(net), 0.0, RangeTest([], [])", "net, mean, found = net, 0.0, RangeTest([], [])", "the range test changes the model"),
+    ("training.improvements", "return -((1 - alpha) * logp.gather", "return -(logp.gather", "the right label keeps all of its weight"),
+    ("training.improvements", "if name[0] != \"(\": so_far = rows[name]", "so_far = rows[name]", "a row in brackets is kept"),
+    ("training.improvements", "return x[:, :-1], x[:, 1:]", "return x[:, :-1], x[:, :-1]", "the label is the token itself"),
+    ("training.improvements", "if key not in done:", "if True:", "kept runs are done again"),
 ]
