@@ -309,3 +309,56 @@ def test_what_cannot_be_repeated_says_why(tmp_path):
                          (dict(repeat=str(tmp_path/"steps"), minutes=1), "minutes or repeat")):
         with pytest.raises(UserError, match=words): go(tmp_path/"new", **wrong)
         assert not (tmp_path/"new").exists()
+
+
+def test_a_state_of_torchs_muon_goes_on_in_ours():
+    "Folders of earlier versions hold its momentum under the same name; the steps after it agree to float32."
+    from unittest.mock import patch
+    from tiny_llm.training.optim import Muon, Optim
+    if not hasattr(torch.optim, "Muon"): pytest.skip("this torch has no Muon")
+    torch.manual_seed(0)
+    theirs, grads = torch.nn.Linear(12, 6, bias=False), torch.randn(9, 6, 12)
+    ours, weight = torch.nn.Linear(12, 6, bias=False), theirs.weight
+    with patch.object(torch.Tensor, "bfloat16", torch.Tensor.float):      # it computes in bfloat16 only
+        old = Optim(theirs, [torch.optim.Muon([weight], lr=0.02, weight_decay=0.1, ns_steps=3, adjust_lr_fn="match_rms_adamw")])
+        for weight.grad in grads[:5]: old.step()
+        ours.load_state_dict(theirs.state_dict())
+        new = Optim(ours, [Muon(ours.parameters(), lr=0.02, ns_steps=3, dtype=torch.float32)])
+        new.load_state_dict({name: x.clone() for name, x in old.state_dict().items()})
+        for g in grads[5:]:
+            weight.grad, ours.weight.grad = g, g.clone()
+            old.step()
+            new.step()
+    torch.testing.assert_close(ours.weight, weight, atol=1e-6, rtol=0)
+
+
+def test_the_average_comes_back_with_the_optimizer():
+    from tiny_llm.training.optim import make_optimizer
+    def stepped(opt, n):
+        for i in range(n):
+            for j, p in enumerate(opt.weights): p.grad = torch.full_like(p, 0.1 * (i + j + 1))
+            opt.step()
+    nets = [torch.nn.Linear(4, 3) for _ in range(2)]
+    opts = [make_optimizer(net, "lion", 0.01, ema=0.9) for net in nets]
+    for net, opt in zip(nets, opts): opt.weights = list(net.parameters())
+    stepped(opts[0], 3)
+    nets[1].load_state_dict(nets[0].state_dict())
+    opts[1].load_state_dict({name: x.clone() for name, x in opts[0].state_dict().items()})
+    for opt in opts: stepped(opt, 3)
+    with opts[0].average.applied(), opts[1].average.applied():
+        assert torch.equal(nets[0].weight, nets[1].weight)
+    assert not torch.equal(nets[0].weight, opts[0].average.means["weight"])
+
+
+def test_muon_stacks_only_what_is_alike():
+    "Matrices of several shapes, one without a gradient: each moves as it would alone."
+    from tiny_llm.training.optim import Muon
+    torch.manual_seed(0)
+    shapes = [(4, 6), (6, 4), (4, 6), (3, 8), (4, 6)]
+    together = [torch.nn.Parameter(torch.randn(s)) for s in shapes]
+    alone = [torch.nn.Parameter(p.detach().clone()) for p in together]
+    for p, q in zip(together[:-1], alone): p.grad = q.grad = torch.randn_like(p)
+    before = together[-1].detach().clone()
+    for weights in (together, *([q] for q in alone)): Muon(weights, lr=0.1, dtype=torch.float64).step()
+    for p, q in zip(together, alone): torch.testing.assert_close(p, q, atol=1e-6, rtol=0)
+    assert torch.equal(together[-1], before)
