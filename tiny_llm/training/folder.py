@@ -387,21 +387,18 @@ def write_checkpoint(
     model, tok,
     opt,      # Optim
     state,    # dict for state.json: step, tokens, elapsed, …
-    card=None,     # text of the model card
-    average=None,  # averaged weights by name, or None
-    before=None,   # where the checkpoint that was there is kept; None: nowhere
+    card=None,    # text of the model card
+    before=None,  # where the checkpoint that was there is kept; None: nowhere
 ):
     "A model folder with the state of the run beside the weights, whole or not at all."
-    folder, sums = Path(folder), {}
+    folder = Path(folder)
     new = folder.with_name(f".{folder.name}.new")
     shutil.rmtree(new, ignore_errors=True)
     try:
         save(model, tok, new, card=card)
-        for name, tensors in dict(optimizer=opt.state_dict(), average=average).items():
-            if tensors is None: continue
-            data = tensors_to({k: v.detach().contiguous() for k, v in tensors.items()})
-            sums[name] = sha256(write_file(new / "state" / f"{name}.safetensors", data))
-        write_sealed(new / "state" / "state.json", {**state, "random": _random_states(), **sums})
+        memory = tensors_to({k: v.detach().contiguous() for k, v in opt.state_dict().items()})
+        file = write_file(new / "state" / "optimizer.safetensors", memory)
+        write_sealed(new / "state" / "state.json", {**state, "random": _random_states(), "optimizer": sha256(file)})
         if before and folder.exists(): _keep(folder, before)
         swap_in(new, folder)
     finally: shutil.rmtree(new, ignore_errors=True)
@@ -442,10 +439,9 @@ def _same_model(folder, saved, its_tok, model, tok):
                             "give the same shape of model to resume")
 
 # %% ../../nbs/3_training/02_folder.ipynb #4fb98953
-def _tensors(folder, state, name):
-    "The tensors of a file of the state; {} where the run has none of this kind."
-    file, wanted = folder / "state" / f"{name}.safetensors", state.pop(name, None)
-    if wanted is None and name != "optimizer": return {}
+def _memory(folder, state):
+    "What the optimizer remembered."
+    file, wanted = folder / "state" / "optimizer.safetensors", state.pop("optimizer", None)
     try:
         data = file.read_bytes()
         if sha256(data) != (wanted or sha256(data)): raise SafetensorError("its SHA-256 is not the one in state.json")
@@ -458,18 +454,14 @@ def _tensors(folder, state, name):
 def read_checkpoint(
     folder,   # what `write_checkpoint` wrote
     model, tok, opt,
-    average=None,   # averaged weights by name, to be filled; or None
 ) -> dict:    # the state
     "Put weights, optimizer and random states back; the next step is the one that would have followed."
     folder = Path(folder)
     saved, its_tok = load(folder, device="cpu")
     _same_model(folder, saved, its_tok, model, tok)
     state = read_sealed(folder / "state" / "state.json")
-    memory, averaged = (_tensors(folder, state, name) for name in ("optimizer", "average"))
-    opt.load_state_dict(memory)
+    opt.load_state_dict(_memory(folder, state))
     model.load_state_dict(saved.state_dict())
-    for name, w in (average or {}).items():
-        w.copy_(averaged[name])
     _set_random_states(state.pop("random"))
     return state
 
@@ -479,8 +471,7 @@ def _damage(folder):
     try:
         load(folder, device="cpu")
         state = read_sealed(folder / "state" / "state.json")
-        for name in ("optimizer", "average"):
-            _tensors(folder, state, name)
+        _memory(folder, state)
     except UserError as e: return str(e)
     return ""
 

@@ -158,6 +158,10 @@ class Averaged:
             yield
         finally: self._set(own)
 
+    def stay(self):
+        "Give the model the averaged weights for good."
+        if self.means: self._set(self.means)
+
     @torch.no_grad()
     def _set(self, to): torch._foreach_copy_([*self.weights.values()], [to[name] for name in self.weights])
 

@@ -169,12 +169,10 @@ class Training:
         self.callbacks, self.events, self.quiet = [evaluates, logs, waits, notices, saves], [], True
         self.shares = [] if self.clock.budget or config.repeat else None    # of the run, over before each step
         self.batches = LargeBatches(tokens, config.ctx, config.batch, config.seed)
-        self.opt = make_optimizer(model, config.optimizer, config.lr, config.weight_decay, config.betas)
+        self.opt = make_optimizer(model, config.optimizer, config.lr, config.weight_decay, config.betas, ema=config.ema)
         self.dtype, self.kinds, self.peak = getattr(torch, config.dtype), weights_by_kind(model), None
         self.plain = partial(loss_of, smoothing=config.smoothing) if config.smoothing else loss_of
         self.loss = compiled(self.plain) if config.compile else self.plain
-        named = model.named_parameters()
-        self.average = {name: w.detach().clone() for name, w in named} if config.ema else None
         if config.recompute: recompute(model)
         self.model.train()
         self.since = dict(loss=0.0, weight=0.0, tokens=0, seconds=0.0)    # the last logged line
@@ -252,28 +250,16 @@ def pass_over(self: Training,
 def move(self: Training,
     factor: float,   # of the learning rate
 ):
-    "Let the optimizer step, and the average follow."
+    "Let the optimizer step."
     seen = self.step % self.log_every == 0
     before = {kind: torch._foreach_mul(w, 1) for kind, w in self.kinds.items()} if seen else None
     self.opt.step(factor)
     self.moved = update_ratios(self.kinds, before) if seen else None
-    if self.average is None: return
-    d, k = self.config.ema, self.step - self.skipped
-    torch._foreach_lerp_([*self.average.values()], [*self.model.parameters()], (1 - d) / (1 - d ** k))
 
 @patch
-@contextlib.contextmanager
-@torch.no_grad()
 def averaged(self: Training):
-    "The model with its averaged weights, if it has some, while the block runs."
-    here = dict(self.model.named_parameters()) if self.average else {}
-    now = {name: w.detach().clone() for name, w in here.items()}
-    for name, w in here.items():
-        w.copy_(self.average[name])
-    try: yield
-    finally:
-        for name, w in here.items():
-            w.copy_(now[name])
+    "A block in which the model has its averaged weights, if there are some."
+    return self.opt.average.applied() if self.opt.average else contextlib.nullcontext()
 
 # %% ../../nbs/3_training/05_train.ipynb #9eab251f
 @patch
@@ -353,7 +339,7 @@ def checkpoint(self: Training,
     state = dict(elapsed=clock.seconds, lost=clock.lost, reserve=clock.reserve,
                  best=self.best if math.isfinite(self.best) else None, shares=self.shares,
                  **{name: getattr(self, name) for name in REMEMBERED})
-    what = self.model, self.tok, self.opt, state, run_card(self), self.average
+    what = self.model, self.tok, self.opt, state, run_card(self)
     try:
         write_checkpoint(self.folder / "last", *what, self.folder / ".previous")
         if best:
@@ -382,7 +368,7 @@ def restore(self: Training):
     sweep(self.folder)
     fall_back(self.folder)
     if (self.folder / "last").exists():
-        state = read_checkpoint(self.folder / "last", self.model, self.tok, self.opt, self.average)
+        state = read_checkpoint(self.folder / "last", self.model, self.tok, self.opt)
         for name in REMEMBERED:
             if name in state: setattr(self, name, state[name])        # earlier versions remembered less
         self.saved_step, self.shares = self.step, state.get("shares")       # None: of steps, or of an older version
@@ -519,7 +505,7 @@ def finish(self: Training,
     "The last evaluation, the last checkpoint, the summary and the plot."
     self.stopped = stopped
     if stopped == "finished":
-        if self.average: self.model.load_state_dict(self.average, strict=False)     # strict: a tied head has two names
+        if self.opt.average: self.opt.average.stay()
         self.evaluate(torch.float32)
     elif (self.log() or self.saved_step != self.step) and stopped != "diverged": self.checkpoint()
     self.summary_of_end = self.summary(stopped)
