@@ -28,6 +28,7 @@ _home = {name: module for module, names in {
     "text.large_corpora":       "LargeBatches",
     "training.folder":          "load save",
     "training.audit":           "audit",
+    "training.doctor":          "doctor doctor_callback forecast",
     "training.optim":           "make_optimizer schedule",
     "training.config":          "TrainConfig",
     "training.run":             "Run",

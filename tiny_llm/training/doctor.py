@@ -9,7 +9,7 @@ __all__ = ['GRAVE', 'STEP_SIZE', 'TOO_GOOD', 'CHECKS', 'FOLLOWS', 'GAP_LAW', 'GA
            'Forecast', 'forecast']
 
 # %% ../../nbs/3_training/08_doctor.ipynb #dffa4fb2
-import json, math, statistics, subprocess, sys, tempfile, time
+import json, math, statistics, subprocess, sys, tempfile, threading, time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -195,10 +195,12 @@ def _rate_too_low(f):
 
 # %% ../../nbs/3_training/08_doctor.ipynb #780453fe
 def _start(f):
-    if f.start is None or f.start < f.ln_v + 2: return
+    tied = f.width and (f.config.model or {}).get("tied", True)
+    bar = max(f.ln_v, math.sqrt(f.width) if tied else 0) + 2                # (3.08.3)
+    if f.start is None or f.start < bar: return
     return Finding("start far above ln V", "warning",
-                   f"{f.start:.2f} before training; even guessing costs ln V = {f.ln_v:.2f}, and sound weights begin "
-                   "less than 1 above it",
+                   f"{f.start:.2f} before training; even guessing costs ln V = {f.ln_v:.2f}, and sound weights of this "
+                   f"shape begin below {bar:.2f}",
                    "the first weights are too large: check init_std, or that model and tokenizer belong together")
 
 def _rise(f):
@@ -294,31 +296,30 @@ def _cut_short(f):
 def layer_writes(
     model,          # Transformer
     ids=None,       # (B, T) ids; None: random ones
-) -> list:          # a number for each block: length of what it adds over length of the stream before it
+) -> list:          # a number for each block: length of what it adds over what the others add; [] for one block
     "How much each block changes the stream: equation (3.08.7)."
     if ids is None:
         gen = torch.Generator().manual_seed(0)
         ids = torch.randint(model.cfg.vocab_size, (2, min(64, model.cfg.ctx)), generator=gen)
     writes, was_training = [], model.training
-    def seen(block, args, y):
-        x = args[0].float()
-        writes.append(((y.float() - x).norm() / x.norm().clamp(min=1e-30)).item())
+    def seen(block, args, y): writes.append((y.float() - args[0].float()).norm().item())
     hooks = [block.register_forward_hook(seen) for block in model.blocks]
     try: model.eval()(ids.to(model.device))
     finally:
         model.train(was_training)
         for hook in hooks:
             hook.remove()
-    return writes
+    others = [writes[:i] + writes[i + 1:] for i in range(len(writes))]
+    return [w / max(statistics.median(rest), 1e-30) for w, rest in zip(writes, others) if rest]
 
 # %% ../../nbs/3_training/08_doctor.ipynb #28fb474c
 def _layers(f):
     dead = [i for i, x in enumerate(f.layers) if x < 1e-3]
-    wild = [i for i, x in enumerate(f.layers) if not x < 30]
+    wild = [i for i, x in enumerate(f.layers) if not x < 100]
     if not dead and not wild: return
     i, what = (dead or wild)[0], "dead layer" if dead else "exploding layer"
-    return Finding(what, "fault", f"block {i} of {len(f.layers)} changes the stream by {f.layers[i]:.2g} of its length "
-                   "(sound is from 0.001 to 30)",
+    return Finding(what, "fault", f"block {i} of {len(f.layers)} writes {f.layers[i]:.2g} times as much as the others "
+                   "(sound is from 0.001 to 100)",
                    "its weights are zero, or its norm's gain is; nothing reaches them" if dead else
                    "its weights are too large: check how they begin, and the learning rate")
 
@@ -439,6 +440,7 @@ def rehearsal(
 ):                    # yields dicts: rows, seconds, bytes, compiled
     "Trials of a training in this process."
     torch.set_num_threads(threads)
+    _trial(ModelConfig(64, 8, 8, 1, 1), replace(config, batch=1, ctx=8, compile=False), device, 2, 0)    # imports
     yield dict(rows=0, seconds=0.0, bytes=most_bytes(), compiled=False)
     plain = replace(config, compile=False)
     one = _trial(cfg, replace(plain, batch=1), device, 5, 0.2 * seconds)
@@ -508,17 +510,26 @@ def _child():
         print(json.dumps(trial), flush=True)
 
 def _rehearsed(cfg, config, device, seconds):
-    "The trials that a fresh process came to."
+    "The trials that a fresh process came to; its time counts from its first word, for loading PyTorch may take long."
     asked = dict(cfg=asdict(cfg), config=asdict(config), device=str(device), threads=torch.get_num_threads(),
                  seconds=seconds)
-    command = [sys.executable, "-c", "from tiny_llm.training.doctor import _child; _child()"]
-    try:
-        done = subprocess.run(command, input=json.dumps(asked), capture_output=True, text=True, timeout=seconds + 20)
-        said, wrong = done.stdout, done.stderr
-    except subprocess.TimeoutExpired as e: said, wrong = (e.stdout or b"").decode(), "its time was up"
-    trials = [json.loads(line) for line in said.splitlines() if line.endswith("}")]
+    command, trials = [sys.executable, "-c", "from tiny_llm.training.doctor import _child; _child()"], []
+    with tempfile.TemporaryFile("w+") as wrong, subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=wrong, text=True) as child:
+        limit = threading.Timer(2 * seconds + 30, child.kill)
+        try:
+            child.stdin.write(json.dumps(asked))
+            child.stdin.close()
+            for line in child.stdout:
+                if not trials: limit.start()
+                trials.append(json.loads(line))
+        finally:
+            limit.cancel()
+            child.kill()
+        wrong.seek(0)
+        said = wrong.read().strip().splitlines()
     if len(trials) < 2:
-        raise UserError(f"no step of this training could be tried: {(wrong.strip() or 'no word').splitlines()[-1]}")
+        raise UserError(f"no step of this training could be tried: {said[-1] if said else 'its time was up'}")
     return trials
 
 def forecast(
