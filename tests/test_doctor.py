@@ -15,7 +15,7 @@ from tiny_llm.text.dialogues import conversations
 from tiny_llm.text.stories import stories
 from tiny_llm.text.tokenizer import train_tokenizer
 from tiny_llm.training.config import TrainConfig
-from tiny_llm.training.doctor import Facts, block_medians, doctor, doctor_callback, examine, expected_gap, forecast, layer_writes, line_through, noise_bar, step_share, training_bytes, unigram_nats
+from tiny_llm.training.doctor import Facts, block_medians, doctor, doctor_callback, examine, expected_loss, forecast, layer_writes, line_through, noise_bar, step_share, training_bytes, unigram_nats
 from tiny_llm.training.run import Run
 from tiny_llm.training.train import loss_of, train
 from tiny_llm.transformer.model import ModelConfig, Transformer, preset
@@ -236,6 +236,22 @@ def test_a_forecast_that_cannot_be_made_says_so():
 
 def test_the_line_through_two_trials():
     assert [line_through(3.0, 9.0, 4, b) for b in (1, 4, 7)] == [3.0, 9.0, 15.0] and line_through(3.0, 0.0, 1, 9) == 3.0
+
+
+def ended(N, P, loss, floor=None):
+    return Run(None, metrics=[], summary=dict(stopped="finished", tokens=N, params=P, val=dict(nats_per_token=loss, floor_nats_per_token=floor)), config=TrainConfig())
+
+
+def test_the_loss_to_expect_comes_from_past_runs():
+    def law(N, P): return 0.25 + 50 * N ** -0.4 * P ** -0.1
+    runs = [ended(N, P, law(N, P), 0.25) for N, P in ((1e4, 1e5), (4e4, 1e5), (4e4, 1e6), (1e5, 1e6))]
+    low, likely, high = expected_loss(runs, 3e5, 2e5)
+    assert likely == pytest.approx(law(2e5, 3e5), rel=1e-6) and low == pytest.approx(high)
+    bent = [*runs[:3], ended(1e5, 1e6, 1.3 * law(1e5, 1e6), 0.25)]
+    low, likely, high = expected_loss(bent, 3e5, 2e5)
+    assert high / low > 1.2
+    assert expected_loss(runs[:1], 1e5, 1e5) is None
+    with pytest.raises(UserError, match="at its floor"): expected_loss([runs[0], ended(1e5, 1e5, 0.2, 0.25)], 1e5, 1e5)
 
 
 # The command ---------------------------------------------------------------------------------------------------------

@@ -372,15 +372,16 @@ def plan(
     config: str = None,       # settings file, JSON or YAML; options on the line win
     device: str = "auto",     # auto, cpu, cuda, mps
     seconds: float = 10,      # of measuring
+    past: str = None,         # finished run folders on the same text, with commas between; they say the loss
     **kwargs,                 # settings of `TrainConfig`
 ):
-    "Memory, seconds per step and expected gap of a training on this machine, measured in seconds."
+    "Memory, seconds per step and expected loss of a training on this machine, measured in seconds."
     from tiny_llm.training.config import check_number
     from tiny_llm.training.doctor import forecast
     check_number("seconds", seconds, whole=False)
     asked, _ = settings_of(config, kwargs, "plan")
     cfg, name = shape_of(asked, pick_device(device), asked.vocab_size)
-    print(table([("model", name or "of the settings file"), *forecast(cfg, asked, device, seconds).rows()]))
+    print(table([("model", name or "of the settings file"), *forecast(cfg, asked, device, seconds, past.split(",") if past else ()).rows()]))
 
 # %% ../../nbs/5_deployment/05_cli.ipynb #ff04d8ea
 def sampling_options(
