@@ -267,3 +267,38 @@ def test_plan_prints_a_forecast():
     assert code == 0 and all(word in out for word in ("tiny", "memory", "speed", "100 steps")), out + err
     code, out, err = cli.try_line("plan --preset tinny", show=False)
     assert code == 2 and "tiny" in err
+
+
+# Slow: five presets as they come, each forecast and then trained for a few steps ------------------------------------
+
+STEPS = """
+import json, sys, time, statistics, torch
+from tiny_llm.training.doctor import _random_tokens, most_bytes
+from tiny_llm.training.config import TrainConfig
+from tiny_llm.training.run import resolved
+from tiny_llm.training.train import Training
+from tiny_llm.transformer.model import Transformer, preset
+from tiny_llm.training.run import Clock
+name, ctx, threads = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+torch.set_num_threads(threads)
+model = Transformer(preset(name, ctx=ctx))
+config = resolved(TrainConfig(steps=6), model, "cpu")
+t = Training(model, None, _random_tokens(model.cfg, 6 * config.batch, ctx), config, clock=Clock(steps=6))
+times = []
+for k in range(6):
+    start = time.perf_counter()
+    t.advance(k / 6)
+    times.append(time.perf_counter() - start)
+print(json.dumps(dict(seconds=statistics.median(times[1:]), bytes=most_bytes())))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, ctx", [("tiny", 128), ("quick", 256), ("story", 320), ("medium", 512), ("base", 512)])
+def test_five_presets_take_the_memory_that_was_forecast(name, ctx):
+    "Memory within a fifth. The seconds are printed: what they are depends on who else uses the machine."
+    f = forecast(preset(name, ctx=ctx), TrainConfig(steps=6), "cpu", 10)
+    said = subprocess.run([sys.executable, "-c", STEPS, name, str(ctx), str(torch.get_num_threads())], capture_output=True, text=True, check=True).stdout
+    real = json.loads(said)
+    print(f"{name}: {f.seconds_per_step:.3f} s forecast, {real['seconds']:.3f} s taken; {f.memory / 1e6:.0f} MB forecast, {real['bytes'] / 1e6:.0f} MB taken")
+    assert abs(f.memory / real["bytes"] - 1) < 0.2

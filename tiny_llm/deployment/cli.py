@@ -381,7 +381,8 @@ def plan(
     check_number("seconds", seconds, whole=False)
     asked, _ = settings_of(config, kwargs, "plan")
     cfg, name = shape_of(asked, pick_device(device), asked.vocab_size)
-    print(table([("model", name or "of the settings file"), *forecast(cfg, asked, device, seconds, past.split(",") if past else ()).rows()]))
+    ahead = forecast(cfg, asked, device, seconds, past.split(",") if past else ())
+    print(table([("model", name or "of the settings file"), *ahead.rows()]))
 
 # %% ../../nbs/5_deployment/05_cli.ipynb #ff04d8ea
 def sampling_options(

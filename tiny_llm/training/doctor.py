@@ -175,8 +175,8 @@ def _rate_too_high(f):
     top = max(f.losses + [v for _, v in f.vals])
     if top < f.start + max(f.bar, 0.1 * f.start): return
     return Finding("learning rate far too high", "fault",
-                   f"a step moves a matrix by {moved[0]:.2g} of its length ({moved[1]}; sound is below 0.5), and the loss "
-                   f"went from {f.start:.2f} up to {top:.2f}",
+                   f"a step moves a matrix by {moved[0]:.2g} of its length ({moved[1]}; sound is below 0.5), and the "
+                   f"loss went from {f.start:.2f} up to {top:.2f}",
                    f"divide lr ({f.config.lr:g}) by ten or more" if f.config.lr else "divide lr by ten or more")
 
 def _rate_too_low(f):
@@ -221,7 +221,7 @@ def _plateau(f):
     half = f.levels[len(f.levels) // 2:]
     if len(half) < 3 or f.steps < FEW or not f.fresh: return
     end = half[-1]         # of training: validation may be high for another reason
-    if half[0] - end > max(f.bar, 0.03 * end) or f.floor is not None and end - f.floor < 0.05 * f.ln_v: return
+    if half[0] - end > 0.03 * end or f.floor is not None and end - f.floor < 0.05 * f.ln_v: return
     at_unigram = f.unigram is not None and abs(end - f.unigram) < 0.05 * f.unigram
     stuck = f.floor is not None and f.ln_v - end < 0.5 * (f.ln_v - f.floor)
     if not at_unigram and not stuck: return
@@ -271,7 +271,8 @@ def _gradients(f):
                        "nothing is learnt: the loss does not depend on the weights, or they are frozen")
     if len(levels) < 3 or levels[-1] < 100 * levels[0]: return
     return Finding("exploding gradients", "warning",
-                   f"the gradient norm grew from {levels[0]:.2g} to {levels[-1]:.2g}", "lower lr, or check norms and gains")
+                   f"the gradient norm grew from {levels[0]:.2g} to {levels[-1]:.2g}",
+                   "lower lr, or check norms and gains")
 
 def _sag(f):
     speeds = [r["tokens_per_s"] for r in f.logged if _number(r.get("tokens_per_s"))][1:]
@@ -328,7 +329,7 @@ def _entropy(f):
     closed = [i for i, x in enumerate(rows[-1]) if _number(x) and x < 0.01] if rows else []
     if not closed: return
     return Finding("attention has collapsed", "warning",
-                   f"in layer {closed[0]} the attention entropy is {rows[-1][closed[0]]:.4f} nats: each token looks at one",
+                   f"the attention entropy of layer {closed[0]} is {rows[-1][closed[0]]:.4f} nats",
                    "lower lr, or use qk_norm")
 
 # %% ../../nbs/3_training/08_doctor.ipynb #9c3edfc5
@@ -554,9 +555,11 @@ def forecast(
     fast = [t for t in trials if t["compiled"]]
     one, many = trials[1], [t for t in trials if not t["compiled"]][-1]
     a_step = line_through(one["seconds"], many["seconds"], many["rows"], b)
-    memory = line_through(one["bytes"], many["bytes"], many["rows"], b)
+    paper = training_bytes(cfg, config)
+    a_row = (paper["activations"] + paper["gradient of the logits"]) / b
+    memory = many["bytes"] + (b - many["rows"]) * a_row
     if fast: a_step *= fast[0]["seconds"] / many["seconds"]
     steps = config.steps or max(1, int(0.9 * 60 * config.minutes / a_step))
     seen = steps * b * config.ctx * getattr(config, "accumulate", 1)
-    return Forecast(config, n, a_step, int(max([memory, *(t["bytes"] for t in fast)])), training_bytes(cfg, config),
+    return Forecast(config, n, a_step, int(max([memory, *(t["bytes"] for t in fast)])), paper,
                     trials, steps, steps * a_step, expected_loss(past, n, seen))
