@@ -112,7 +112,7 @@ MUTANTS = [
     ("training.doctor", "z = statistics.NormalDist().inv_cdf(1 - 0.001 / (k * (k - 1) / 2))", "z = 1.0", "a rise within the noise is an alarm"),
     ("training.doctor", "if f.floor - val <= bar: return", "if f.floor - val <= 0: return", "a loss a hair below the floor is a leak"),
     ("training.doctor", "if n and val is not None: bar = math.log(1000) / n", "if n and val is not None: bar = math.log(1000)", "the bar of the floor is per text, not per token"),
-    ("training.doctor", "moved[0] < 0.5: return", "moved[0] < 5: return", "a rate far too high is not seen"),
+    ("training.doctor", "moved[0] < 0.5: return", "moved[0] < 50: return", "a rate far too high is not seen"),
     ("training.doctor", "if far > 0.1 or f.start - f.end > 0.1 * f.ln_v: return", "if far > 0.0 or f.start - f.end > 0.1 * f.ln_v: return", "a rate far too low is not seen"),
     ("training.doctor", "return STEP_SIZE.get(optimizer, 1.0) * lr * math.sqrt(width)", "return STEP_SIZE.get(optimizer, 1.0) * lr * width", "the way of a matrix in a wrong unit"),
     ("training.doctor", "math.sqrt(f.width) if tied else 0) + 2", "math.sqrt(f.width) if tied else 0) + 2000", "a start far above ln V passes"),

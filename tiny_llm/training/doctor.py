@@ -162,21 +162,21 @@ def _too_good(f):
 
 # %% ../../nbs/3_training/08_doctor.ipynb #16d26be9
 def _moved(f, lr):
-    "(length of a step over that of the weights, how it is known), or None."
+    "(length of the longest step over that of the weights, how it is known), or None."
     seen = [r["update_ratio"].get("matrices") for r in f.logged if r.get("update_ratio")]
-    seen = [x for x in seen if _number(x)]
-    if seen: return max(seen), "measured"
-    if not f.width or not lr: return None
-    return step_share(lr, f.config.optimizer, f.width), "by the rate"
+    known = [(x, "measured") for x in seen if _number(x)]
+    if f.width and lr: known.append((step_share(lr, f.config.optimizer, f.width), "of new weights, by the rate"))
+    return max(known, default=None)
 
 def _rate_too_high(f):
     moved = _moved(f, max((r["lr"] for r in f.logged if _number(r.get("lr"))), default=0))
     if moved is None or f.start is None or moved[0] < 0.5: return
     top = max(f.losses + [v for _, v in f.vals])
-    if top < f.start + max(f.bar, 0.1 * f.start): return
+    climbs = top > f.start + max(f.bar, 0.1 * f.start)
+    if moved[0] < 1 and not climbs: return
     return Finding("learning rate far too high", "fault",
                    f"a step moves a matrix by {moved[0]:.2g} of its length ({moved[1]}; sound is below 0.5), and the "
-                   f"loss went from {f.start:.2f} up to {top:.2f}",
+                   f"loss went from {f.start:.2f} {'up ' if climbs else ''}to {top if climbs else f.end:.2f}",
                    f"divide lr ({f.config.lr:g}) by ten or more" if f.config.lr else "divide lr by ten or more")
 
 def _rate_too_low(f):
