@@ -140,6 +140,16 @@ def test_nothing_is_found_in_a_fine_tuning():
     assert [n for n in names(doctor(tuned)) if n != "speed sags"] == []
 
 
+def test_layers_are_compared_with_the_others():
+    def found(layers): return names(examine(Facts([], layers=layers)))
+    assert found([1.0, 3.0, 0.5]) == found([30.0, 20.0]) == found([5.0]) == found([]) == []
+    assert found([1.0, 0.0]) == found([1.0, 0.0, 2.0]) == found([0.0, 40.0, 30.0]) == ["dead layer"]
+    assert found([1.0, 1e9]) == found([1.0, 1e9, 2.0]) == found([1.0, math.nan]) == ["exploding layer"]
+    model = Transformer(preset("mini", vocab_size=300, ctx=32))
+    for p in model.blocks[1].parameters(): p.data.zero_()
+    assert [x > 0.01 for x in layer_writes(model)] == [True, False, True] and model.training
+
+
 # What it reads -------------------------------------------------------------------------------------------------------
 
 def test_run_folder_and_rows_say_the_same(tmp_path):
@@ -163,7 +173,7 @@ def test_a_dip_that_heals_and_one_that_does_not():
     def rows(losses): return [dict(step=i, loss=x + e, grad_norm=1.0) for i, (x, e) in enumerate(zip(losses, noise), 100)]
     fall = [7 - i / 12 for i in range(48)]
     healed = [x + 2 * (20 <= i < 30) for i, x in enumerate(fall)]
-    stays = [x + 3 * (i >= 24) for i, x in enumerate(fall)]
+    stays = [x if i < 24 else 8.0 for i, x in enumerate(fall)]
     assert [names(doctor(rows(x))) for x in (fall, healed, stays)] == [[], ["rise after a dip"], ["divergence"]]
 
 
