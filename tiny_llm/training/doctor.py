@@ -296,32 +296,35 @@ def _cut_short(f):
 def layer_writes(
     model,          # Transformer
     ids=None,       # (B, T) ids; None: random ones
-) -> list:          # a number for each block: length of what it adds over what the others add; [] for one block
+) -> list:          # a number for each block: length of what it adds over length of the embedded tokens
     "How much each block changes the stream: equation (3.08.7)."
     if ids is None:
         gen = torch.Generator().manual_seed(0)
         ids = torch.randint(model.cfg.vocab_size, (2, min(64, model.cfg.ctx)), generator=gen)
-    writes, was_training = [], model.training
-    def seen(block, args, y): writes.append((y.float() - args[0].float()).norm().item())
+    writes, begun, was_training = [], [], model.training
+    def seen(block, args, y):
+        begun.append(args[0].float().norm().item())
+        writes.append((y.float() - args[0].float()).norm().item())
     hooks = [block.register_forward_hook(seen) for block in model.blocks]
     try: model.eval()(ids.to(model.device))
     finally:
         model.train(was_training)
         for hook in hooks:
             hook.remove()
-    others = [writes[:i] + writes[i + 1:] for i in range(len(writes))]
-    return [w / max(statistics.median(rest), 1e-30) for w, rest in zip(writes, others) if rest]
+    return [w / max(begun[0], 1e-30) for w in writes]
 
 # %% ../../nbs/3_training/08_doctor.ipynb #28fb474c
 def _layers(f):
-    dead = [i for i, x in enumerate(f.layers) if x < 1e-3]
-    wild = [i for i, x in enumerate(f.layers) if not x < 100]
+    others = [statistics.median(f.layers[:i] + f.layers[i + 1:] or [x]) for i, x in enumerate(f.layers)]
+    # one block against another that is dead would be infinitely large
+    wild = [i for i, x in enumerate(f.layers) if not x <= 100 * others[i] and others[i] > 1e-3]
+    dead = [i for i, x in enumerate(f.layers) if x <= 1e-3 * others[i]]
     if not dead and not wild: return
-    i, what = (dead or wild)[0], "dead layer" if dead else "exploding layer"
-    return Finding(what, "fault", f"block {i} of {len(f.layers)} writes {f.layers[i]:.2g} times as much as the others "
-                   "(sound is from 0.001 to 100)",
-                   "its weights are zero, or its norm's gain is; nothing reaches them" if dead else
-                   "its weights are too large: check how they begin, and the learning rate")
+    i, what = (wild or dead)[0], "exploding layer" if wild else "dead layer"
+    return Finding(what, "fault", f"block {i} of {len(f.layers)} writes {f.layers[i]:.2g} to the stream, the others "
+                   f"{others[i]:.2g}, in lengths of the embedding (sound is from 0.001 to 100 times the others)",
+                   "its weights are too large: check how they begin, and the learning rate" if wild else
+                   "its weights are zero, or its norm's gain is; nothing reaches them")
 
 # %% ../../nbs/3_training/08_doctor.ipynb #59478053
 def _entropy(f):
