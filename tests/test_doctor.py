@@ -118,11 +118,11 @@ def test_skipped_steps_are_counted():
 
 # Sound runs that the thresholds were not set on ----------------------------------------------------------------------
 
-PROSE = [f"On day {i} the {a} {b} the {c}, and nobody asked why the {c} was {d}." for i in range(40)
-         for a, b, c, d in [("smith", "mended", "gate", "red"), ("cook", "sold", "kettle", "old"), ("clerk", "counted", "coins", "few")]]
-
-
-def prose(): return dict(text=PROSE, val=None, tok=train_tokenizer(PROSE, 300), steps=60)
+def prose():
+    "The manual of Python, which comes with it: text that people wrote."
+    from pydoc_data.topics import topics
+    text = [t for t in topics.values() if 500 < len(t) < 5000][:60]
+    return dict(text=text, val=None, tok=train_tokenizer(text, 400), steps=60)
 
 
 SOUND = {"another seed": lambda: small(seed=23), "AdamW, cosine": lambda: small(optimizer="adamw", decay="cosine", seed=5),
