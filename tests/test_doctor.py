@@ -27,9 +27,9 @@ TOKENS, HELD = tokenize(DOCS, TOK), stories(12, seed=3, split="val")
 H1 = unigram_nats(TOKENS)
 
 
-def small(steps=80, seed=11, spoil=None, loss=loss_of, batches=LargeBatches, text=TOKENS, val=HELD, shape=dict(name="tiny", d_model=32), tok=TOK, **settings):
+def small(steps=80, seed=11, spoil=None, loss=loss_of, batches=LargeBatches, text=TOKENS, val=HELD, shape=dict(name="tiny", d_model=32), tok=TOK, ctx=64, **settings):
     torch.manual_seed(seed)
-    model = Transformer(preset(vocab_size=len(tok), ctx=64, **shape))
+    model = Transformer(preset(vocab_size=len(tok), ctx=ctx, **shape))
     if spoil: spoil(model)
     how = dict(batch=8, eval_every=max(1, steps // 5), dtype="float32", compile=False, device="cpu", quiet=True, seed=seed) | settings
     if "minutes" not in how: how["steps"] = steps
@@ -139,8 +139,9 @@ def test_nothing_is_found_in_a_sound_run(kind):
 
 
 def test_nothing_is_found_in_a_fine_tuning():
-    chats = conversations(60, seed=1)
-    run = small(seed=6)
+    "On enough conversations, which fit into the context: of few the doctor would say that they repeat."
+    chats = conversations(800, seed=1)
+    run = small(seed=6, ctx=256, batch=2)
     tuned = finetune(run.model, TOK, chats, steps=60, batch=4, dtype="float32", compile=False, device="cpu", quiet=True)
     assert [n for n in names(doctor(tuned)) if n != "speed sags"] == []
 
