@@ -437,6 +437,7 @@ def _trial(cfg, config, device, steps, seconds):
         times.append(time.perf_counter() - start)
     return statistics.median(times[1:]), most_bytes()
 
+# %% ../../nbs/3_training/08_doctor.ipynb #b3ebc869
 def rehearsal(
     cfg, config: TrainConfig, device: str, threads: int,
     seconds: float,   # for all trials
@@ -544,6 +545,7 @@ def _rehearsed(cfg, config, device, seconds):
         raise UserError(f"no step of this training could be tried: {said[-1] if said else 'its time was up'}")
     return trials
 
+# %% ../../nbs/3_training/08_doctor.ipynb #7b402f54
 def forecast(
     cfg,                          # ModelConfig
     config: TrainConfig = None,   # None: its defaults
@@ -558,11 +560,9 @@ def forecast(
     fast = [t for t in trials if t["compiled"]]
     one, many = trials[1], [t for t in trials if not t["compiled"]][-1]
     a_step = line_through(one["seconds"], many["seconds"], many["rows"], b)
-    paper = training_bytes(cfg, config)
-    a_row = (paper["activations"] + paper["gradient of the logits"]) / b
-    memory = many["bytes"] + (b - many["rows"]) * a_row
+    memory = line_through(one["bytes"], many["bytes"], many["rows"], b)
     if fast: a_step *= fast[0]["seconds"] / many["seconds"]
     steps = config.steps or max(1, int(0.9 * 60 * config.minutes / a_step))
     seen = steps * b * config.ctx * getattr(config, "accumulate", 1)
-    return Forecast(config, n, a_step, int(max([memory, *(t["bytes"] for t in fast)])), paper,
+    return Forecast(config, n, a_step, int(max([memory, *(t["bytes"] for t in fast)])), training_bytes(cfg, config),
                     trials, steps, steps * a_step, expected_loss(past, n, seen))
