@@ -72,7 +72,7 @@ def after(n, change):
 
 
 def waited(loss):
-    time.sleep(0.3)
+    time.sleep(0.6)
     return loss
 
 
@@ -85,7 +85,7 @@ BROKEN = {
     "over-fitting": dict(text=tokenize(stories(4, seed=9), TOK), steps=200),
     "dead layer": dict(spoil=scale(0, 0)),
     "exploding layer": dict(spoil=scale(100, 1)),
-    "speed sags": dict(loss=after(40, waited))}
+    "speed sags": dict(loss=after(64, waited))}
 
 
 @pytest.mark.parametrize("name", BROKEN)
