@@ -128,7 +128,7 @@ def prose():
 SOUND = {"another seed": lambda: small(seed=23), "AdamW, cosine": lambda: small(optimizer="adamw", decay="cosine", seed=5),
          "real text": lambda: small(**prose(), seed=2),
          "another shape": lambda: small(shape=dict(name="slim", d_model=48), seed=8, steps=60, lr=0.01),
-         "minutes": lambda: small(minutes=0.25, seed=4)}
+         "minutes": lambda: small(minutes=0.25, seed=4, text=tokenize(stories(4000, seed=4), TOK))}     # enough for a fast machine
 
 
 @pytest.mark.parametrize("kind", SOUND)
