@@ -9,14 +9,14 @@ import pytest
 from tiny_llm.basics import UserError
 from tiny_llm.deployment import cli, quickstart as quick
 from tiny_llm.training.config import TrainConfig, to_dict
-import tiny_llm.assistant.chat, tiny_llm.assistant.finetune, tiny_llm.text.cleaning     # whole, before a recorder takes the place of a part
+import tiny_llm.assistant.chat, tiny_llm.assistant.finetune, tiny_llm.text.cleaning, tiny_llm.training.doctor     # whole, before a recorder takes the place of a part
 
 DONE = dict(stopped="finished", dtype="float32", compiled=False, device="cpu", params=1, tokens=8, step=2, seconds=30.0, tokens_per_s=1.0)
 TOLD, TALKED = dict(n=7, ok=0.0, kinds={}, tokens_per_second=1.0), dict(n=7, share=0.0, faults={})
 SHAPE = dict(vocab_size=300, ctx=32, d_model=16, n_layers=1, n_heads=2)
 
 
-def run(folder="r", **more): return SimpleNamespace(folder=Path(folder), summary=DONE | more)
+def run(folder="r", **more): return SimpleNamespace(folder=Path(folder), summary=DONE | more, metrics=[], config=TrainConfig(), made={}, model=None)
 
 
 class Words(list):
@@ -120,6 +120,15 @@ def test_info_and_plot(watch, tmp_path):
     for name in ("stories", "chat"): (tmp_path/"q"/name).mkdir(parents=True)
     for name in ("stories", "chat"): (tmp_path/"q"/name/"metrics.jsonl").touch()
     assert [p.name for p in cli.run_folders("q")] == ["stories", "chat"]
+
+
+def test_plan(watch):
+    calls = watch("training.doctor", forecast=SimpleNamespace(rows=lambda: [("memory", "7 MB")]))
+    assert "7 MB" in fine("plan --preset tiny --ctx 32 --vocab_size 300 --batch 3 --steps 5 --device cpu --seconds 2.5 --past a,b")
+    call = dict(calls)["forecast"]
+    agrees(to_dict(call["config"]), preset="tiny", ctx=32, vocab_size=300, batch=3, steps=5)
+    agrees(call, device="cpu", seconds=2.5, past=["a", "b"])
+    assert (call["cfg"].d_model, call["cfg"].ctx, call["cfg"].vocab_size) == (64, 32, 300)
 
 
 def test_words_of_the_line():

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['TEXTS', 'commands', 'FOLLOW', 'make_parser', 'as_typed', 'parse_options', 'command', 'tell', 'overview', 'dispatch',
            'main', 'try_line', 'colourful', 'line_reader', 'quickstart', 'check_out', 'data', 'train_rows',
-           'settings_of', 'read_text', 'shape_of', 'train', 'sampling_options', 'generate', 'chat', 'finetune', 'eval_',
-           'run_folders', 'plot', 'info_rows', 'preset_rows', 'machine_rows', 'info']
+           'settings_of', 'read_text', 'shape_of', 'train', 'plan', 'sampling_options', 'generate', 'chat', 'finetune',
+           'eval_', 'run_folders', 'plot', 'info_rows', 'preset_rows', 'machine_rows', 'doctor_rows', 'info']
 
 # %% ../../nbs/5_deployment/05_cli.ipynb #4a764f48
 import gc, io, json, os, re, signal, sys, time, warnings
@@ -337,10 +337,17 @@ def train(
     elif asked.preset: shape(asked.preset)
     with owned(out if resume else None):
         run = _train(asked, made, config, kwargs, out, device, resume, began)
+    _see_doctor(run)
     print(table(train_rows(finished(run, "the same line with --resume"))))
     return run
 
 # %% ../../nbs/5_deployment/05_cli.ipynb #f6575ba9
+def _see_doctor(run):
+    "Say what is wrong with a run that ended or was stopped."
+    from tiny_llm.training.doctor import doctor
+    for f in doctor(run):
+        note(f"{f.severity}: {f.name}: {f.evidence}. {f.advice}")
+
 def _train(asked, made, config, given, out, device, resume, began):
     import torch
     from tiny_llm.training.config import FREE, requested, resumed
@@ -364,6 +371,25 @@ def _train(asked, made, config, given, out, device, resume, began):
     again = {name: given[name] for name in FREE if name in given} if past else {}
     return fit(Transformer(cfg), tok, tokens, settings, val=val, out=out, device=device, resume=resume, began=began,
                **again)
+
+# %% ../../nbs/5_deployment/05_cli.ipynb #7314b9d8
+@command
+@takes_settings(but=["model", "betas"])
+def plan(
+    config: str = None,       # settings file, JSON or YAML; options on the line win
+    device: str = "auto",     # auto, cpu, cuda, mps
+    seconds: float = 10,      # of measuring
+    past: str = None,         # finished run folders on the same text, with commas between; they say the loss
+    **kwargs,                 # settings of `TrainConfig`
+):
+    "Memory, seconds per step and expected loss of a training on this machine, measured in seconds."
+    from tiny_llm.training.config import check_number
+    from tiny_llm.training.doctor import forecast
+    check_number("seconds", seconds, whole=False)
+    asked, _ = settings_of(config, kwargs, "plan")
+    cfg, name = shape_of(asked, pick_device(device), asked.vocab_size)
+    ahead = forecast(cfg, asked, device, seconds, past.split(",") if past else ())
+    print(table([("model", name or "of the settings file"), *ahead.rows()]))
 
 # %% ../../nbs/5_deployment/05_cli.ipynb #ff04d8ea
 def sampling_options(
@@ -445,6 +471,7 @@ def finetune(
         if held: note(f"{data}: {len(chats):,} conversations to learn from, {len(held):,} held out")
         run = fit(net, tok, chats, asked if past else changed(asked, data=data), val=held, out=out, device=device,
                   resume=resume, began=began)
+    _see_doctor(run)
     print(table(train_rows(finished(run, "the same line with --resume"))))
     return run
 
@@ -575,6 +602,17 @@ def machine_rows() -> list:   # rows for `table`
         rows.append((f"  {name}", f"{sum(count_params(preset(name)).values()):>13,} parameters{claimed}"))
     return rows
 
+# %% ../../nbs/5_deployment/05_cli.ipynb #9175e62c
+def doctor_rows(
+    folder,      # run folder, or any other
+) -> list:       # rows for `table`
+    "What is wrong with the run of a folder, if there is one."
+    from tiny_llm.training.doctor import doctor
+    folder = Path(folder).expanduser()
+    if not (folder / "metrics.jsonl").is_file(): return []
+    found = [(f"  {f.name}", f"{f.evidence}. {f.advice}") for f in doctor(folder)]
+    return [("doctor", f"{len(found) or 'nothing'} found"), *found]
+
 # %% ../../nbs/5_deployment/05_cli.ipynb #43bd73d6
 @command
 def info(
@@ -594,6 +632,6 @@ def info(
             from tiny_llm.training.folder import model_folder
             net, tok = open_model(model, "cpu")
             rows = [("model", model if Path(model).is_file() else model_folder(model)), *info_rows(net.cfg),
-                    ("tokenizer", f"{len(tok):,} tokens, sha256 {tok.hash[:16]}")]
+                    ("tokenizer", f"{len(tok):,} tokens, sha256 {tok.hash[:16]}"), *doctor_rows(model)]
         print(table(rows))
     finally: gc.enable()
