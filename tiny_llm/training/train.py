@@ -26,7 +26,7 @@ from .optim import clip_gradients, make_optimizer, schedule
 from .folder import swap_in
 from .config import (TrainConfig, changed, check_number, read_config, split_record, takes_settings,
                                       to_dict)
-from .run import (Clock, Progress, Run, at_most, can_compile, compiled, disk_errors, past_run, png_of,
+from .run import (ALONE, Clock, Progress, Run, at_most, can_compile, compiled, disk_errors, past_run, png_of,
                                    read_checkpoint, read_metrics, requested, resolved, resumed, shortened,
                                    stop_requests, sweep, write_checkpoint, write_sealed)
 
@@ -49,16 +49,18 @@ def story_nats(
     return sum(d.nats for d in docs) if docs and all(hasattr(d, "nats") for d in docs) else None
 
 # %% ../../nbs/3_training/05_train.ipynb #7247e970
-def _summed_loss(model, tokens, ctx, batch, dtype):
-    "(nats of all predictions that count, how many count)"
+def _summed_loss(model, tokens, ctx, batch, dtype, group=ALONE):
+    "(nats of all predictions that count, how many count), over all processes of a group"
     was_training = model.training
     model.eval()
     nats = count = 0.0
-    for b in LargeBatches(tokens, ctx, batch or max(1, 4096 // ctx)).once():
+    batch = group.world * (batch or max(1, 4096 // ctx))
+    for b in LargeBatches(tokens, ctx, batch, rank=group.rank, world=group.world).once():
         weight = b.w.sum().item()
         nats += loss_of(model, b.to(model.device), dtype).item() * weight
         count += weight
     model.train(was_training)
+    nats, count = group.sum(nats, count)
     if not math.isfinite(nats):
         raise UserError("the loss is no number: weights of this model are NaN or infinite; use an earlier checkpoint")
     return nats, count
@@ -73,6 +75,7 @@ def evaluate_loss(
     ctx: int = None,      # T, predictions per row; None: the model's
     floor: float = None,  # nats per token, where it is known; None: from the documents' own `nats`
     dtype=torch.float32,  # of the products
+    group=ALONE,          # of processes that share the work (3.10 scale)
 ) -> dict:                # nats_per_token, bits_per_byte, floor_nats_per_token, floor_bits_per_byte, gap, tokens, bytes
     "The loss on documents packed whole, where none sees another. Without a floor its three entries are None."
     for name, value in dict(batch=batch, ctx=ctx).items():
@@ -82,7 +85,7 @@ def evaluate_loss(
     tokens = docs if isinstance(docs, Tokens) else tokenize(docs, tok)
     if tokens.hash != tok.hash:
         raise UserError("these tokens were made with another tokenizer; tokenize the documents again")
-    nats, count = _summed_loss(model, tokens, ctx or model.cfg.ctx, batch, dtype)
+    nats, count = _summed_loss(model, tokens, ctx or model.cfg.ctx, batch, dtype, group)
     if not count: raise UserError("nothing in these documents counts: all loss weights are 0")
     least = floor * count if floor is not None else story_nats(docs)
 
@@ -102,6 +105,7 @@ def glimpse(
     n: int = 40,             # tokens at most
     temperature: float = 0.8,
     seed: int = 0,           # of its own generator: the run's random states stay as they are
+    group=ALONE,             # of processes that hold the model (3.10 scale)
 ) -> str:
     "A short text by the model as it is now."
     gen = torch.Generator().manual_seed(seed)
@@ -110,7 +114,8 @@ def glimpse(
         logits = model(torch.tensor([ids[-model.cfg.ctx:]], device=model.device))[0, -1].float().cpu()
         if not logits.isfinite().all(): raise UserError("weights of this model are NaN or infinite; it can say nothing")
         logits[tok.nameless(len(logits))] = -math.inf       # rows of the head that belong to no token
-        ids.append(torch.multinomial(softmax(logits, temperature), 1, generator=gen).item())
+        drawn = torch.multinomial(softmax(logits, temperature), 1, generator=gen).item()
+        ids.append(int(group.agree(drawn)[0]))
         if ids[-1] == tok.eos: break
     return tok.decode(ids[1:], special=False)
 
@@ -126,17 +131,20 @@ class Training:
         val=None,             # Tokens to evaluate on, or None
         floor=None,           # nats per token of `val`, or None
         clock=None,           # Clock, or None
+        group=ALONE,          # the processes that take part
     ):
         tokens.require(config.ctx)
         if folder: family(model.cfg)     # what no class of transformers computes could not be saved
-        self.model, self.tok, self.config, self.folder = model, tok, config, folder
+        self.model, self.tok, self.config, self.group = model, tok, config, group
+        self.place, self.folder = folder, None if group.rank else folder     # only rank 0 writes
         self.val, self.floor, self.clock = val, floor, clock or Clock(steps=1)
         self.step = self.tokens = self.best_step = 0    # steps done; predictions learnt from
         self.saved_step = self.a_step = None            # of the last checkpoint; seconds of a step, once measured
         self.best, self.scores, self.metrics = math.inf, None, []
-        self.batches = LargeBatches(tokens, config.ctx, config.batch, config.seed)
-        self.opt = make_optimizer(model, config.optimizer, config.lr, config.weight_decay, config.betas)
-        self.dtype = getattr(torch, config.dtype)
+        self.batches = LargeBatches(tokens, config.ctx, config.batch, config.seed, group.rank, group.world)
+        group.spread(model)
+        opt = make_optimizer(model, config.optimizer, config.lr, config.weight_decay, config.betas)
+        self.opt, self.dtype = group.optimizer(opt), getattr(torch, config.dtype)
         self.loss = compiled(loss_of) if config.compile else loss_of
         self.model.train()
         self.since = dict(loss=0.0, weight=0.0, tokens=0, seconds=0.0)    # the last logged line
@@ -147,17 +155,21 @@ def advance(self: Training,
     progress: float,   # share of the run that is over, 0 to 1
 ) -> float:            # loss of the batch before the step, nats per token
     "One step."
-    began, config, b = time.perf_counter(), self.config, self.batches[self.step].to(self.model.device)
-    loss = self.loss(self.model, b, self.dtype)
+    began, config, group = time.perf_counter(), self.config, self.group
+    group.seed(config.seed, self.step)
+    b = self.batches[self.step].to(self.model.device)
+    own = b.w.sum().item()
+    weight, n = group.sum(own, int((b.w > 0).sum()))
+    loss = group.wrap(self.loss)(self.model, b, self.dtype)
     self.opt.zero_grad()
-    loss.backward()
-    norm, loss = clip_gradients(self.model.parameters(), config.clip).item(), loss.item()
+    (loss * (group.world * own / max(weight, 1e-8))).backward()     # equation 3.10.2; 1 where one process is alone
+    norm = group.whole(clip_gradients(self.model.parameters(), config.clip)).item()
+    loss = group.sum(loss.item() * own)[0] / max(weight, 1e-8)
     if not (math.isfinite(loss) and math.isfinite(norm)):
         raise UserError(f"step {self.step}: the loss is {loss} and the gradient norm {norm}; no step was taken. "
                         f"Try a learning rate below {config.lr:g}, or a longer warmup")
     self.opt.step(schedule(progress, config.warmup, config.decay))
-    n, weight = int((b.w > 0).sum()), b.w.sum().item()
-    self.step, self.tokens, self.grad_norm = self.step + 1, self.tokens + n, norm
+    self.step, self.tokens, self.grad_norm = self.step + 1, self.tokens + int(n), norm
     more = dict(loss=loss * weight, weight=weight, tokens=n, seconds=time.perf_counter() - began)
     self.since = {name: value + more[name] for name, value in self.since.items()}
     return loss
@@ -186,10 +198,10 @@ def evaluate(self: Training,
     dtype=None,   # of the products; None: that of training
 ):
     "Measure the loss on held-out documents, look at a sample, save."
-    more = dict(sample=glimpse(self.model, self.tok, seed=self.config.seed))
+    more = dict(sample=glimpse(self.model, self.tok, seed=self.config.seed, group=self.group))
     if self.val is not None:
         self.scores = evaluate_loss(self.model, self.tok, self.val, ctx=self.config.ctx, floor=self.floor,
-                                    dtype=dtype or self.dtype)
+                                    dtype=dtype or self.dtype, group=self.group)
         more |= dict(val=self.scores["nats_per_token"], val_bits_per_byte=self.scores["bits_per_byte"],
                      floor=self.floor)
     self.log(**more)
@@ -220,15 +232,16 @@ def checkpoint(self: Training,
     best: bool = False,   # renew best/ too
 ):
     "Write last/, and best/ as a copy of it."
-    if self.folder is None: return
-    if not all(w.isfinite().all() for w in self.model.parameters()):
+    if self.place is None: return
+    bad = sum(not self.group.own(w).isfinite().all() for w in self.model.parameters())
+    if self.group.sum(bad)[0]:
         raise UserError(f"step {self.step}: weights are NaN or infinite and are not saved; try a lower learning rate")
-    clock, last = self.clock, self.folder / "last"
+    clock, last = self.clock, self.place / "last"
     state = dict(step=self.step, tokens=self.tokens, elapsed=clock.seconds, lost=clock.lost, reserve=clock.reserve,
                  best=self.best if math.isfinite(self.best) else None, best_step=self.best_step)
-    write_checkpoint(last, self.model, self.tok, self.opt, state, self.card())
-    self.saved, self.saved_step = time.perf_counter(), self.step
-    if not best: return
+    self.group.write(last, self.model, self.tok, self.opt, state, self.card())
+    self.saved_step = self.step
+    if not best or self.folder is None: return
     new = self.folder / ".best.new"
     shutil.rmtree(new, ignore_errors=True)
     try:
@@ -240,16 +253,17 @@ def checkpoint(self: Training,
 @patch
 def restore(self: Training):
     "Go back to last/; without one, to the start. Lines logged after it are taken out."
-    sweep(self.folder)
-    if (self.folder / "last").exists():
-        state = read_checkpoint(self.folder / "last", self.model, self.tok, self.opt)
+    self.group.first(sweep, self.place)
+    if (self.place / "last").exists():
+        state = self.group.read(self.place / "last", self.model, self.tok, self.opt)
         self.step, self.tokens, self.best_step = state["step"], state["tokens"], state["best_step"]
         self.saved_step = self.step
         self.best = math.inf if state["best"] is None else state["best"]
         self.clock.before, self.clock.lost, self.clock.reserve = state["elapsed"], state["lost"], state["reserve"]
-    rows = read_metrics(self.folder / "metrics.jsonl")
+    rows = read_metrics(self.place / "metrics.jsonl")
     self.metrics = [r for r in rows if r["step"] <= self.step] if self.step else []
-    write_file(self.folder / "metrics.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in self.metrics))
+    lines = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in self.metrics)
+    self.group.first(write_file, self.place / "metrics.jsonl", lines)
 
 # %% ../../nbs/3_training/05_train.ipynb #8f43d8cc
 def _split(
@@ -311,7 +325,7 @@ def _timed_step(t, loss):
 def _fastest_threads(t):
     "The number of threads with which a step is shortest: all, half of them or one; fewer must save a tenth."
     most, seconds = torch.get_num_threads(), {}
-    if t.model.device.type != "cpu": return most
+    if t.model.device.type != "cpu" or t.group.world > 1: return most
     for n in dict.fromkeys((most, max(1, most // 2), 1)):
         torch.set_num_threads(n)
         seconds[n] = _timed_step(t, loss_of) * (1 if n == most else 1.1)
@@ -338,10 +352,12 @@ def choose(self: Training):
     "Threads and compilation of a run of minutes: what was asked for, or what makes a step short here and now."
     config, left = self.config, self.clock.budget - self.clock.seconds
     threads, asked = config.threads or _fastest_threads(self), config.compile
+    if self.group.world > 1: asked, left = bool(asked), math.inf    # all do the same, whatever their clocks say
     torch.set_num_threads(threads)
     self.loss, self.a_step = loss_of, _timed_step(self, loss_of)
     if left >= 5 * COMPILE_SECONDS and can_compile(self.model.device) if asked is None else asked:
-        a_step = _compiled_step(self, max(1, left * (0.8 if asked else 0.25)))
+        seconds = max(1, left * (0.8 if asked else 0.25))
+        a_step = _compiled_step(self, None if seconds == math.inf else seconds)
         if a_step < (math.inf if asked else self.a_step): self.a_step = a_step
         else: self.loss = loss_of
     self.config = replace(config, threads=threads, compile=self.loss is not loss_of)
@@ -392,7 +408,7 @@ def record(self: Training,
     "What the run was made with, besides its settings."
     ids = self.batches.tokens
     made_with = dict(python=sys.version.split()[0], torch=torch.__version__, threads=torch.get_num_threads(),
-                     device=str(self.model.device))
+                     device=str(self.model.device), processes=self.group.world)
     origin = getattr(self.model, "origin", None)       # the folder that the model was loaded from
     return dict(source=source or "documents", began_with=origin and os.path.abspath(origin), tokenizer=self.tok.hash,
                 floor=self.floor, documents=len(ids), tokens=ids.n_tokens, bytes=ids.n_bytes,
@@ -404,7 +420,7 @@ def same_run(self: Training,
     made: dict,   # the record of the run in the folder
 ):
     "UserError unless tokenizer, model and text are those with which the run was begun."
-    now, folder = self.record(None), self.folder
+    now, folder = self.record(None), self.place
     if not self.config.model or {"tokenizer", "sha256", "documents", "bytes"} - made.keys():
         raise UserError(f"{folder}/config.json does not say what the run was made with, so it cannot go on; "
                         f"a new run can begin with the model in {folder}/last")
@@ -443,26 +459,33 @@ def run_steps(
     quiet=False,     # no bar
 ) -> str:            # why it stopped: finished, paused or interrupted
     "Step until the budget is used up, and log, evaluate and save on the way."
-    bar, clock, config = Progress(quiet), t.clock, t.config
+    bar, clock, config = Progress(quiet or t.group.rank > 0), t.clock, t.config
     log_every = config.log_every or (min(10, max(1, clock.steps // 20)) if clock.steps else 10)
-    tenth, evaluated, cost = int(10 * clock.progress(t.step)), time.perf_counter(), 0.0
-    t.saved = time.perf_counter()
+    tenth, cost = int(10 * clock.progress(t.step)), 0.0
+    evaluated = saved = t.group.agree(time.perf_counter())[0]
+    def now():   # seconds, share that is over, whether to stop: where there are many clocks, rank 0's
+        return t.group.agree(time.perf_counter(), clock.progress(t.step), asked=bool(asked))
+
     try:
-        while (share := clock.progress(t.step)) < 1 or t.step == 0:     # at least one step
+        at, share, stop = now()
+        while share < 1 or t.step == 0:         # at least one step
             if stop_at is not None and t.step >= stop_at: return "paused"
-            if asked: return "interrupted"
+            if stop: return "interrupted"
             loss = t.advance(share)
-            now, done = time.perf_counter(), int(10 * clock.progress(t.step))
+            at, share, stop = now()
+            done = int(10 * share)
             if done == 10: continue             # the last line, evaluation and save are those of `finish`
             if config.eval_every: due = t.step % config.eval_every == 0
-            else: due = done > tenth and (clock.steps or now - evaluated > 20 * cost)
+            else: due = done > tenth and (clock.steps or at - evaluated > 20 * cost)
             if due:
                 t.evaluate()
-                tenth, evaluated, cost = done, time.perf_counter(), time.perf_counter() - now
+                began, (at, share, stop) = at, now()
+                tenth, evaluated, saved, cost = done, at, at, at - began
                 continue
             if t.step % log_every == 0: t.log()
-            save_due = t.step % config.save_every == 0 if config.save_every else now - t.saved > 60
-            if save_due: t.checkpoint()
+            if t.step % config.save_every == 0 if config.save_every else at - saved > 60:
+                t.checkpoint()
+                saved = at
             bar.show(t, loss)
         return "finished"
     finally: bar.close()
@@ -517,9 +540,10 @@ def _settings(config, given, model, device, folder, resume):
     return resumed(past[0], requested(asked, given, config), folder), past[1]
 
 # %% ../../nbs/3_training/05_train.ipynb #54d8d5e2
-def _training(docs, val, tok, floor, began, asked):
+def _training(docs, val, tok, floor, began, asked, group=ALONE):
     "(Training, name of its source or None, record of the run that goes on or None)."
     config, made = _settings(*asked)
+    config = TrainConfig(**group.share(to_dict(config)))     # what was measured is what rank 0 has measured
     _, _, model, device, folder, _ = asked
     source = docs if docs is not None else config.data or "stories"
     name = str(source) if isinstance(source, (str, Path)) else None
@@ -532,7 +556,7 @@ def _training(docs, val, tok, floor, began, asked):
     tokens, held, least = train_and_val(source, val, tok, cap, config.seed)
     clock = Clock(config.minutes, config.steps, began)
     least = least if floor is None else floor
-    return Training(model.to(device), tok, tokens, config, folder, held, least, clock), name, made
+    return Training(model.to(device), tok, tokens, config, folder, held, least, clock, group), name, made
 
 # %% ../../nbs/3_training/05_train.ipynb #8fd7fd62
 def _run(t, name, made, stop_at, quiet):
@@ -562,18 +586,22 @@ def train(
     floor: float = None,  # nats per token of `val`, where known; None: from the documents' own `nats`
     quiet: bool = False,  # no bar and no lines
     began: float = None,  # time.perf_counter() at which the minutes began; None: now
+    group=None,           # `Group` of processes that share the work (3.10 scale); None: this one alone
     **kwargs,             # settings of `TrainConfig`, instead of those in `config`
 ) -> Run:
     "Train a model within a budget; what it measures and saves is described by `Run`."
     began, folder, device = began or time.perf_counter(), out and Path(out).expanduser(), pick_device(device)
     if stop_at is not None: check_number("stop_at", stop_at)
-    single_process()
-    past_run(folder, resume)
-    with owned(folder if resume else None):
-        t, name, made = _training(docs, val, tok, floor, began, (config, kwargs, model, device, folder, resume))
+    if group is None: single_process()
+    group = group or ALONE
+    group.first(past_run, folder, resume)
+    mine = None if group.rank else folder            # which only rank 0 can own
+    with owned(mine if resume else None):
+        asked = config, kwargs, model, device, folder, resume
+        t, name, made = _training(docs, val, tok, floor, began, asked, group)
         # the folder of a new run is made only now, when nothing is left to complain about
-        with owned(folder), disk_errors(folder):
-            past_run(folder, resume)                 # another process may have begun a run meanwhile, or ended it
+        with owned(mine), disk_errors(mine):
+            group.first(past_run, folder, resume)    # another process may have begun a run meanwhile, or ended it
             return _run(t, name, made, stop_at, quiet)
 
 # %% ../../nbs/3_training/05_train.ipynb #ca8c8853
