@@ -176,7 +176,7 @@ def test_other_wishes_are_refused_at_a_resume(begun, kind, wish):
 def begun(tmp_path_factory):
     "A training and a fine-tuning that wait to be resumed."
     from tiny_llm.deployment.cli import try_line
-    from tiny_llm.training.run import read_sealed, write_sealed
+    from tiny_llm.training.folder import read_sealed, write_sealed
     room = tmp_path_factory.mktemp("begun")
     with pytest.MonkeyPatch.context() as m:
         m.chdir(room)

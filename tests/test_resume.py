@@ -163,9 +163,9 @@ def test_a_second_stop_says_what_is_kept(tmp_path, monkeypatch):
     def pressed_once(t, share):
         if t.step == 4: signal.raise_signal(signal.SIGINT)
         return step(t, share)
-    def pressed_again(folder, model, tok, opt, state, card=None):
+    def pressed_again(folder, model, tok, opt, state, *more):
         if state["step"] == 5: signal.raise_signal(signal.SIGINT)
-        return write(folder, model, tok, opt, state, card)
+        return write(folder, model, tok, opt, state, *more)
     settings = dict(steps=9, batch=2, dtype="float32", save_every=3, eval_every=3)
     with monkeypatch.context() as m:
         m.setattr(trainer.Training, "advance", pressed_once)

@@ -346,13 +346,15 @@ def train(
 # %% ../../nbs/5_deployment/05_cli.ipynb #f6575ba9
 def _train(asked, made, config, given, out, device, resume, began, group):
     import torch
-    from dataclasses import asdict
-    from tiny_llm.training.run import FREE, past_run, requested, resumed
+    from tiny_llm.training.config import FREE, requested, resumed
+    from tiny_llm.training.folder import fall_back
+    from tiny_llm.training.run import past_run
     from tiny_llm.training.train import train as fit
     from tiny_llm.transformer.model import ModelConfig, Transformer
     past, tok = past_run(out, resume), None
     if past:
         asked = resumed(past[0], requested(asked, given, config), out)
+        fall_back(out)
         if (out / "last").exists(): tok = open_model(out / "last", "cpu")[1]
     tok, tokens, val = read_text(asked, tok)
     if made.get("sha256") not in (None, tokens.sha256()):
@@ -426,12 +428,15 @@ def finetune(
     "Teach a model to answer, from conversations."
     began, out = time.perf_counter(), Path(out).expanduser()
     from tiny_llm.assistant.finetune import finetune as fit, read_conversations
-    from tiny_llm.training.run import past_run, requested, resumed
+    from tiny_llm.training.config import requested, resumed
+    from tiny_llm.training.folder import fall_back
+    from tiny_llm.training.run import past_run
     asked, _ = settings_of(config, kwargs, "finetune")
     with owned(out if past_run(out, resume) else None):
         past = past_run(out, resume)
         # a run that goes on reads its own conversations again
         text = resumed(past[0], requested(asked, kwargs, config), out) if past else asked
+        if past: fall_back(out)
         start = _start_of(past, model, out)
         data, limit = text.data or "stories", text.limit
         chats = read_conversations(data, "train", limit, text.seed)

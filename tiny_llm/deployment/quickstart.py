@@ -105,9 +105,12 @@ def finished(
     again,   # how a person goes on with it
 ):           # the same run
     "The run, if it went to its end. If it was interrupted, so is everything that would have followed."
-    if run.summary.get("stopped") == "finished": return run
+    if run.summary.get("stopped") in ("finished", "patience"): return run
+    if run.summary.get("stopped") == "diverged": raise UserError(_why(run))
     raise KeyboardInterrupt(f"stopped at step {run.summary['step']:,}; what was learnt is in {run.folder}, "
                             f"and {again} goes on")
+
+def _why(run): return next(w for w in run.summary["warnings"] if w.startswith("stopped"))
 
 # %% ../../nbs/5_deployment/04_quickstart.ipynb #72727e6b
 def _begun_before(folder, asked, past):
@@ -151,7 +154,7 @@ def stage(
     "A run that is finished, gone on with or begun, whichever its folder calls for."
     from tiny_llm.training.run import Run
     summary = folder / "summary.json"
-    if not (summary.is_file() and read_json(summary).get("stopped") == "finished"):
+    if not (summary.is_file() and read_json(summary).get("stopped") in ("finished", "patience")):
         run = go(out=folder, resume=(folder / "config.json").is_file())
         finished(run, f"tiny_llm quickstart --out {folder.parent} --resume")
     return Run(folder)
