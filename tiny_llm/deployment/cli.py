@@ -346,6 +346,7 @@ def train(
 # %% ../../nbs/5_deployment/05_cli.ipynb #f6575ba9
 def _train(asked, made, config, given, out, device, resume, began, group):
     import torch
+    from dataclasses import asdict
     from tiny_llm.training.config import FREE, requested, resumed
     from tiny_llm.training.folder import fall_back
     from tiny_llm.training.run import past_run

@@ -389,6 +389,7 @@ def write_checkpoint(
     card=None,     # text of the model card
     average=None,  # averaged weights by name, or None
     before=None,   # where the checkpoint that was there is kept; None: nowhere
+    shards=None,   # folder of what several processes have written of `opt` (3.10 scale), to be moved in; or None
 ):
     "A model folder with the state of the run beside the weights, whole or not at all."
     folder, sums = Path(folder), {}
@@ -396,10 +397,13 @@ def write_checkpoint(
     shutil.rmtree(new, ignore_errors=True)
     try:
         save(model, tok, new, card=card)
-        for name, tensors in dict(optimizer=opt.state_dict(), average=average).items():
+        for name, tensors in dict(optimizer=None if shards else opt.state_dict(), average=average).items():
             if tensors is None: continue
             data = tensors_to({k: v.detach().contiguous() for k, v in tensors.items()})
             sums[name] = sha256(write_file(new / "state" / f"{name}.safetensors", data))
+        if shards:
+            (new / "state").mkdir(exist_ok=True)
+            sums["optimizer"] = _sums(shards.rename(new / "state" / "optimizer"))
         write_sealed(new / "state" / "state.json", {**state, "random": _random_states(), **sums})
         if before and folder.exists(): _keep(folder, before)
         swap_in(new, folder)
@@ -440,12 +444,28 @@ def _same_model(folder, saved, its_tok, model, tok):
             raise UserError(f"the model has {name} {here[name]}, the one in {folder} has {there[name]}; "
                             "give the same shape of model to resume")
 
-# %% ../../nbs/3_training/02_folder.ipynb #8b8e3d18
-def _tensors(folder, state, name):
+# %% ../../nbs/3_training/02_folder.ipynb #bf9416ac
+def _sums(shards): return {file.name: sha256(file) for file in shards.iterdir()}
+
+def _together(shards, wanted, like):
+    "The tensors of the files that several processes have written (3.10 scale); `like`: which parts of them."
+    import torch.distributed.checkpoint as dcp          # here, because most runs need none of it
+    if _sums(shards) != wanted: raise SafetensorError("its files are not those that state.json names")
+    reader = dcp.HuggingFaceStorageReader(str(shards))
+    about = reader.read_metadata().state_dict_metadata.items()
+    empty = {name: torch.empty(t.size, dtype=t.properties.dtype) for name, t in about}
+    parts = like(empty) if like else empty
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")                 # that nothing is distributed here
+        if parts: dcp.load(parts, storage_reader=reader, no_dist=like is None)
+    return parts
+
+def _tensors(folder, state, name, like=None):
     "The tensors of a file of the state; {} where the run has none of this kind."
     file, wanted = folder / "state" / f"{name}.safetensors", state.pop(name, None)
     if wanted is None and name != "optimizer": return {}
     try:
+        if isinstance(wanted, dict): return _together(file := file.with_suffix(""), wanted, like)
         data = file.read_bytes()
         if sha256(data) != (wanted or sha256(data)): raise SafetensorError("its SHA-256 is not the one in state.json")
         return tensors_from(data)
@@ -464,7 +484,7 @@ def read_checkpoint(
     saved, its_tok = load(folder, device="cpu")
     _same_model(folder, saved, its_tok, model, tok)
     state = read_sealed(folder / "state" / "state.json")
-    memory, averaged = (_tensors(folder, state, name) for name in ("optimizer", "average"))
+    memory, averaged = (_tensors(folder, state, name, getattr(opt, "like", None)) for name in ("optimizer", "average"))
     opt.load_state_dict(memory)
     model.load_state_dict(saved.state_dict())
     for name, w in (average or {}).items():

@@ -7,7 +7,7 @@ __all__ = ['PARALLEL', 'Group', 'part_rows', 'exchanged', 'ShardedMuon', 'proces
            'tensor_parallel', 'on_paper']
 
 # %% ../../nbs/3_training/10_scale.ipynb #2fe9614c
-import contextlib, json, os, shutil, warnings
+import contextlib, json, os, shutil, time, warnings
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,8 @@ from torch import nn
 from ..basics import UserError, did_you_mean, pick_device
 from ..transformer.sizes import count_params, flops_per_token, kept_per_token, on_meta
 from .optim import newton_schulz
-from .run import ALONE, Alone, read_checkpoint, write_checkpoint
+from .folder import read_checkpoint, write_checkpoint
+from .run import ALONE, Alone
 
 # %% ../../nbs/3_training/10_scale.ipynb #12c87a25
 PARALLEL = ("ddp", "fsdp")
@@ -55,10 +56,10 @@ def sum(self: Group, *values):
     return total.tolist()
 
 @patch
-def agree(self: Group, *values, asked=False):
-    "Rank 0's numbers, and whether any process was asked."
-    *values, n = self.sum(*((0.0,) * len(values) if self.rank else values), float(asked))
-    return *values, n > 0
+def read(self: Group, clock):
+    "Let the clock show rank 0's time, until it is read again."
+    now, began = self.sum(*((0, 0) if self.rank else (time.perf_counter(), clock.began)))
+    clock.read, clock.began = now, began
 
 # %% ../../nbs/3_training/10_scale.ipynb #3ba23685
 @patch
@@ -67,7 +68,7 @@ def share(self: Group,
 ):           # the same in every process
     "What rank 0 has."
     data = torch.from_numpy(np.frombuffer(json.dumps(value).encode(), np.uint8).copy()).to(self.device)
-    n = int(self.agree(len(data))[0])
+    n = int(self.sum(0 if self.rank else len(data))[0])
     if self.rank: data = data.new_empty(n)
     dist.broadcast(data, 0)
     return json.loads(bytes(data.cpu().numpy()))
@@ -79,9 +80,10 @@ def first(self: Group, f, *args, **kw):
     if self.rank == 0:
         try: result = f(*args, **kw)
         except (UserError, OSError) as e: error = e
-    said = self.share(error and str(error))
+    cause = error if isinstance(error, OSError) else getattr(error, "__cause__", None)     # a full disk, perhaps
+    said = self.share(error and [str(error), getattr(cause, "errno", None)])
     if error: raise error
-    if said: raise UserError(said)
+    if said: raise OSError(said[1], said[0]) if said[1] else UserError(said[0])
     return result
 
 # %% ../../nbs/3_training/10_scale.ipynb #318597a8
@@ -108,11 +110,15 @@ def spread(self: Group, model):
     fully_shard(model)
 
 @patch
-def wrap(self: Group, loss):
-    "The loss whose backward pass leaves the mean of all processes' gradients."
-    if self.parallel == "fsdp": return loss       # the model itself sees to it
-    def hooked(model, *args): return self.hooked(loss, *args)
-    return hooked
+def wrap(self: Group, loss, last=True):
+    "The loss whose backward pass leaves the mean of all processes' gradients, if it is the last one of a step."
+    def shared(model, *args):
+        if self.parallel == "fsdp":               # the model itself sees to it
+            model.set_requires_gradient_sync(last)
+            return loss(model, *args)
+        with contextlib.nullcontext() if last else self.hooked.no_sync():
+            return self.hooked(loss, *args)
+    return shared
 
 # %% ../../nbs/3_training/10_scale.ipynb #08ec5d82
 @patch
@@ -224,9 +230,9 @@ def _emptied(folder):
     folder.mkdir(parents=True)
 
 @patch
-def write(self: Group, folder, model, tok, opt, *args):
+def write(self: Group, folder, model, tok, opt, state, card=None, average=None, before=None):
     "As `write_checkpoint`: rank 0 writes the model, each process its part of what the optimizer remembers."
-    if self.parallel == "ddp": return self.first(write_checkpoint, folder, model, tok, opt, *args)
+    if self.parallel == "ddp": return self.first(write_checkpoint, folder, model, tok, opt, state, card, average, before)
     import torch.distributed.checkpoint as dcp
     folder = Path(folder)
     shards = folder.with_name(f".{folder.name}.shards.part")
@@ -234,7 +240,8 @@ def write(self: Group, folder, model, tok, opt, *args):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         dcp.save(opt.state_dict(), storage_writer=dcp.HuggingFaceStorageWriter(str(shards), save_distributed=True))
-    self.first(write_checkpoint, folder, self.gathered(model), tok, opt, *args, shards=shards)
+    if average: average = {name: self.whole(w).cpu() for name, w in average.items()}
+    self.first(write_checkpoint, folder, self.gathered(model), tok, opt, state, card, average, before, shards)
 
 # %% ../../nbs/3_training/10_scale.ipynb #804a0cc8
 def _part_of(x, p):
@@ -262,11 +269,17 @@ class _Parts:
         for name, p in self.weights.items():
             p.to_local().copy_(_part_of(tensors[name], p).to_local())
 
+class _Part:
+    "One averaged weight, as `read_checkpoint` fills it."
+    def __init__(self, w): self.w = w
+    def copy_(self, x): self.w.to_local().copy_(_part_of(x, self.w).to_local())
+
 @patch
-def read(self: Group, folder, model, tok, opt):
+def read_back(self: Group, folder, model, tok, opt, average=None):
     "As `read_checkpoint`, for one written by any number of processes."
-    if self.parallel == "ddp": return read_checkpoint(folder, model, tok, opt)
-    return read_checkpoint(folder, _Parts(model), tok, _Parts(model, opt))
+    if self.parallel == "ddp": return read_checkpoint(folder, model, tok, opt, average)
+    average = {name: _Part(w) for name, w in (average or {}).items()}
+    return read_checkpoint(folder, _Parts(model), tok, _Parts(model, opt), average)
 
 # %% ../../nbs/3_training/10_scale.ipynb #d5ddcc3c
 @contextlib.contextmanager
@@ -281,6 +294,9 @@ def processes(
                             "torchrun --nproc-per-node 2 -m tiny_llm train ...")
         yield ALONE
         return
+    if "MASTER_ADDR" not in os.environ:
+        raise UserError(f"this is one of {os.environ['WORLD_SIZE']} processes (WORLD_SIZE), but nothing says where the "
+                        "first one is (MASTER_ADDR); start them with torchrun")
     group = Group(parallel or "ddp", device)
     try: yield group
     finally: dist.destroy_process_group()
