@@ -35,6 +35,7 @@ def desk(tmp_path_factory):
     with patch.object(module, "train", lambda *args, **kw: whole(*args, stop_at=3, **kw)):
         code, _, said = same_process(TRAIN, desk)
     assert code == 130 and "stopped at step 3" in said, said
+    (desk/"run"/".previous").rename(desk/"previous")        # the checkpoint before, with which nothing is lost: see below
     return desk
 
 
@@ -61,3 +62,15 @@ def test_a_damaged_file(desk, tmp_path, command, name, how):
     assert len(lines) <= 1 + (command == "resume"), err                          # a resumed run says which text it read
     assert any(word in lines[-1] for word in (last, "SHA256SUMS", "measured nothing yet")), err
     assert files(room) == before
+
+
+@pytest.mark.parametrize("name", [f"last/{f}" for f in ("model.safetensors", *STATE)])
+def test_the_checkpoint_before_is_taken(desk, tmp_path, name):
+    "The command says so in a line, and the run comes to its end."
+    room = tmp_path/"room"
+    shutil.copytree(desk, room)
+    (room/"previous").rename(room/"run"/".previous")
+    file = room/"run"/name
+    file.write_bytes(DAMAGE["one bit"](file.read_bytes()))
+    code, out, err = same_process(COMMANDS["resume"], room)
+    assert code == 0 and "the run goes on from step" in err and "stopped" not in err, err

@@ -12,7 +12,7 @@ from tiny_llm.text.batches import Batches, tokenize
 from tiny_llm.training import folder as folders, train as trainer
 from tiny_llm.training.config import TrainConfig
 from tiny_llm.training.folder import load
-from tiny_llm.training.run import Run, overfitting, resolved
+from tiny_llm.training.run import COMPILE_FROM, Run, overfitting, resolved, total_operations
 from tiny_llm.training.train import evaluate_loss, loss_of, train
 
 
@@ -40,7 +40,7 @@ def talks(tok, n=40):
 def test_parts_of_a_batch_are_the_batch(kind, monkeypatch):
     "Four batches of two rows are one of eight, whatever counts in them; the loss that is logged, too."
     model, tok, docs = parts()
-    text = tokenize(docs[:9] if kind == "stories" else talks(tok), tok)
+    text = tokenize([d[:40 + 15 * k] for k, d in enumerate(docs[:9])] if kind == "stories" else talks(tok), tok)
     def of(batch, accumulate):
         t = begun(batch=batch, accumulate=accumulate, clip=0.0)
         t.batches = Batches(text, 64, batch)
@@ -159,7 +159,6 @@ def test_over_fitting_is_said(tmp_path, monkeypatch):
 def spoilt(monkeypatch, steps):
     "At these steps the loss is nan."
     real = trainer.loss_of
-    monkeypatch.setattr(trainer.Training, "pass_over", trainer.Training.pass_over)
     whole = trainer.Training.advance
     def advance(t, share):
         t.loss = (lambda *args: real(*args) * math.nan) if t.step in steps else real
@@ -173,7 +172,7 @@ def test_a_batch_that_is_no_number_is_passed_over(tmp_path, monkeypatch):
     whole = go(**settings)
     assert (whole.summary["stopped"], whole.summary["step"], whole.summary["skipped"]) == ("finished", 12, 3)
     assert [r.get("skipped") for r in whole.metrics if r["step"] in (2, 3, 7, 8, 12)] == [None, 1, 2, 3, 3]
-    assert "3 so far" in whole.summary["warnings"][0]
+    assert "3 so far" in whole.summary["warnings"][0] and all(math.isfinite(r.get("grad_norm", 0)) for r in whole.metrics), "JSON has no nan"
     go(tmp_path/"run", stop_at=7, **settings)             # between two that are skipped
     rest = go(tmp_path/"run", resume=True)
     assert same(whole, rest) and rest.summary["skipped"] == 3
@@ -343,7 +342,7 @@ def test_what_a_line_holds():
     assert 0 < row["peak_share"] < 2 and row["memory"] > 10_000_000 and row["val_se"] > 0
     assert len(row["entropy"]) == 2 and all(0 < x < math.log(64) for x in row["entropy"])
     assert run.summary["peak_memory"] >= row["memory"] and run.summary["skipped"] == 0 and run.summary["warnings"] == []
-    assert run.summary["val"]["tokens"] <= 100
+    assert run.summary["val"]["tokens"] < 110 < go(steps=1, batch=2).summary["val"]["tokens"]
     assert "entropy" not in go(steps=2, batch=2).metrics[0]
 
 
@@ -354,10 +353,11 @@ def test_the_standard_error_covers():
     everything = evaluate_loss(model, tok, docs)["nats_per_token"]
     off = [abs(s["nats_per_token"] - everything) / s["se"] for s in scores]
     assert 0.3 <= sum(x < 1 for x in off) / len(off) <= 1 and max(off) < 5
-    assert evaluate_loss(model, tok, docs[:1])["se"] is None
+    assert evaluate_loss(model, tok, [docs[0][:40]])["se"] is None
 
 
 def test_rows_of_a_step_decide_what_is_compiled():
     model = parts()[0]
-    operations = lambda **kw: resolved(TrainConfig(steps=2 * 10 ** 6, batch=2, ctx=64, **kw), model, "cpu").compile
-    assert (operations(), operations(accumulate=8)) == (False, trainer.can_compile("cpu"))
+    few = int(COMPILE_FROM["cpu"] / total_operations(1, 2, 64, model.cfg) / 2)
+    compiles = lambda **kw: resolved(TrainConfig(steps=few, batch=2, ctx=64, **kw), model, "cpu").compile
+    assert (compiles(), compiles(accumulate=8)) == (False, trainer.can_compile("cpu"))

@@ -182,6 +182,7 @@ class Training:
         self.stop = self.stopped = self.looked_step = None   # why to stop; why it has; of the last evaluation
         self.best, self.scores, self.metrics, self.moved, self.warnings = math.inf, None, [], None, {}
         self.best_saved, self.whole_file = (math.inf, 0), True     # what best/ holds; metrics.jsonl has all lines
+        self.tenth, self.cost, self.looked = 0, 0.0, time.perf_counter()     # of the evaluations, for `evaluates`
         self.callbacks, self.events, self.quiet = [evaluates, logs, waits, notices, saves], [], True
         self.batches = LargeBatches(tokens, config.ctx, config.batch, config.seed, group.rank, group.world)
         group.spread(model)
@@ -239,23 +240,24 @@ def advance(self: Training,
         part = group.wrap(self.loss, i == len(parts) - 1)(self.model, b.to(self.model.device), self.dtype) * share
         part.backward()
         loss += part.detach()
-    norm = group.whole(clip_gradients(self.model.parameters(), config.clip)).item()
-    loss = group.sum(loss.item())[0] / group.world
-    self.step, self.loss_now, self.grad_norm, more = self.step + 1, loss, norm, {}
+    norm, loss = clip_gradients(self.model.parameters(), config.clip).item(), loss.item()
+    self.step, self.loss_now, more = self.step + 1, loss, {}
     if math.isfinite(loss) and math.isfinite(norm):
         self.move(schedule(progress, config.warmup, config.decay))
-        self.in_a_row = 0
-        self.tokens, more = self.tokens + int(n), dict(loss=loss * weight, weight=weight, tokens=n)
-    else: self.pass_over()
+        n, self.in_a_row, self.grad_norm = sum(b.n_targets for b in parts), 0, norm
+        self.tokens, more = self.tokens + n, dict(loss=loss * weight, weight=weight, tokens=n)
+    else: self.pass_over(norm)
     more["seconds"] = time.perf_counter() - began
     self.since = {name: value + more.get(name, 0) for name, value in self.since.items()}
     return loss
 
 @patch
-def pass_over(self: Training):
+def pass_over(self: Training,
+    norm: float,   # length of the gradient
+):
     "Count a step that was not taken."
     self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
-    self.warn("skipped", f"step {self.step}: the loss is {self.loss_now} and the gradient norm {self.grad_norm}; "
+    self.warn("skipped", f"step {self.step}: the loss is {self.loss_now} and the gradient norm {norm}; "
                          f"no step was taken ({self.skipped} so far)")
     if self.in_a_row < IN_A_ROW: return
     self.stop = "diverged"
