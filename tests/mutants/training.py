@@ -138,4 +138,15 @@ MUTANTS = [
     ("training.audit", "n_tokens * math.log2(perplexity) / n_bytes", "n_tokens * math.log(perplexity) / n_bytes", "nats for bits"),
     ("training.audit", "passes * ctx / stride if stride else None", "passes * stride / ctx if stride else None", "the stride upside down"),
     ("training.audit", "if a.epochs and a.epochs > 4:", "if a.epochs and a.epochs > 40:", "many epochs raise no doubt"),
+    # 3.10 scale
+    ("training.scale", "kinds = [part.chunk(n) for part in w.split(sizes)]", "kinds = [w.chunk(n)]", "rows are cut without being put in order"),
+    ("training.scale", "p.register_hook(lambda g: _summed(g, mesh))", "pass", "gains of normed queries keep the gradient of their own heads"),
+    ("training.scale", "if c.tied: model.head.weight = model.embed.weight", "pass", "cutting unties the head"),
+    ("training.scale", "size = -(-n // world)", "size = n // world", "the last rows of a matrix belong to nobody"),
+    ("training.scale", "cut = [D.to(out.dtype).split(rows[i]) for D, i in zip(done, mine)]", "cut = [G.split(rows[i]) for G, i in zip([torch.cat([came[r][k] for r in range(n)]).view(shapes[i]) for k, i in enumerate(mine)], mine)]",
+     "matrices come back as they went"),
+    ("training.scale", "moved = size * (2 * (N - outer) + outer) + 4 * N", "moved = size * N + 4 * N", "weights are gathered once, not twice"),
+    ("training.scale", "held = n if parallel == \"fsdp\" else 1", "held = n", "DDP holds parts"),
+    ("training.train", "share = group.world * b.w.sum().item() / max(weight, 1e-8)", "share = b.w.sum().item() / max(weight, 1e-8)", "the gradients of several processes are averaged once too often"),
+    ("training.folder", "if _sums(shards) != wanted:", "if False:", "shards that were changed are read"),
 ]

@@ -208,7 +208,7 @@ def resolved(
                    lr=config.lr or BEST_LR[config.optimizer],
                    dtype=config.dtype or str(fast_dtype(device)).removeprefix("torch."))
 
-# %% ../../nbs/3_training/04_run.ipynb #84a3f318
+# %% ../../nbs/3_training/04_run.ipynb #30f3d1fa
 class Alone:
     "The only process of a run."
     rank, world, device = 0, 1, None

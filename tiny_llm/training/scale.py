@@ -232,7 +232,8 @@ def _emptied(folder):
 @patch
 def write(self: Group, folder, model, tok, opt, state, card=None, average=None, before=None):
     "As `write_checkpoint`: rank 0 writes the model, each process its part of what the optimizer remembers."
-    if self.parallel == "ddp": return self.first(write_checkpoint, folder, model, tok, opt, state, card, average, before)
+    rest = state, card, average, before
+    if self.parallel == "ddp": return self.first(write_checkpoint, folder, model, tok, opt, *rest)
     import torch.distributed.checkpoint as dcp
     folder = Path(folder)
     shards = folder.with_name(f".{folder.name}.shards.part")
@@ -295,8 +296,8 @@ def processes(
         yield ALONE
         return
     if "MASTER_ADDR" not in os.environ:
-        raise UserError(f"this is one of {os.environ['WORLD_SIZE']} processes (WORLD_SIZE), but nothing says where the "
-                        "first one is (MASTER_ADDR); start them with torchrun")
+        raise UserError(f"this is one of {os.environ['WORLD_SIZE']} processes (WORLD_SIZE), but nothing says where "
+                        "the first one is (MASTER_ADDR); start them with torchrun")
     group = Group(parallel or "ddp", device)
     try: yield group
     finally: dist.destroy_process_group()

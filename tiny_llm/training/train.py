@@ -240,12 +240,13 @@ def advance(self: Training,
         part = group.wrap(self.loss, i == len(parts) - 1)(self.model, b.to(self.model.device), self.dtype) * share
         part.backward()
         loss += part.detach()
-    norm, loss = clip_gradients(self.model.parameters(), config.clip).item(), loss.item()
+    norm = group.whole(clip_gradients(self.model.parameters(), config.clip)).item()
+    loss = group.sum(loss.item())[0] / group.world
     self.step, self.loss_now, more = self.step + 1, loss, {}
     if math.isfinite(loss) and math.isfinite(norm):
         self.move(schedule(progress, config.warmup, config.decay))
-        n, self.in_a_row, self.grad_norm = sum(b.n_targets for b in parts), 0, norm
-        self.tokens, more = self.tokens + n, dict(loss=loss * weight, weight=weight, tokens=n)
+        self.in_a_row, self.grad_norm = 0, norm
+        self.tokens, more = self.tokens + int(n), dict(loss=loss * weight, weight=weight, tokens=n)
     else: self.pass_over(norm)
     more["seconds"] = time.perf_counter() - began
     self.since = {name: value + more.get(name, 0) for name, value in self.since.items()}
