@@ -240,16 +240,28 @@ def test_a_kill_between_last_and_best(tmp_path, monkeypatch):
     assert step_in(tmp_path/"run"/"best") == 6
 
 
-def test_a_disk_that_is_full_for_a_while(tmp_path, monkeypatch, capsys):
-    "The run goes on, says so once, saves when there is room, and ends as if nothing had happened."
-    real, full = folders.write_file, lambda *args: (_ for _ in ()).throw(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
-    whole = trainer.Training.advance
-    steps = []
+def full_between(monkeypatch, tmp_path, first=2, last=8):
+    "No room from one step to another; which step last/ held at the end of it."
+    real, whole, steps = folders.write_file, trainer.Training.advance, []
+    def full(*args): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     def advance(t, share):
-        monkeypatch.setattr(folders, "write_file", full if 2 <= t.step < 8 else real)
-        if t.step == 8: steps.append(step_in(tmp_path/"run"/"last"))
+        monkeypatch.setattr(folders, "write_file", full if first <= t.step < last else real)
+        if t.step == last: steps.append(step_in(tmp_path/"run"/"last"))
         return whole(t, share)
     monkeypatch.setattr(trainer.Training, "advance", advance)
+    return steps
+
+
+def test_a_best_that_could_not_be_saved_is_not_the_best(tmp_path, monkeypatch):
+    full_between(monkeypatch, tmp_path)
+    losses_are(monkeypatch, [6, 4, 4.2, 4.5, 5])           # the lowest came when there was no room
+    run = go(tmp_path/"run", steps=12, batch=2, eval_every=3)
+    assert run.summary["best"] == dict(step=9, val=4.5) and step_in(tmp_path/"run"/"best") == 9
+
+
+def test_a_disk_that_is_full_for_a_while(tmp_path, monkeypatch, capsys):
+    "The run goes on, says so once, saves when there is room, and ends as if nothing had happened."
+    steps = full_between(monkeypatch, tmp_path)
     model, tok, docs = parts()
     run = train(model, tok, docs, val=docs[:2], out=tmp_path/"run", device="cpu", compile=False, **SETTINGS)
     said = [line for line in capsys.readouterr().err.splitlines() if "could not be saved" in line]

@@ -34,7 +34,7 @@ MUTANTS = [
     ("training.folder", "tok.save(new, ctx=model.cfg.ctx)", "tok.save(new)", "the tokenizer's files forget the context"),
     ("training.folder", "pad_token_id=tok.pad)", "pad_token_id=tok.eos)", "padding is the end"),
     # 3.03 config
-    ("training.config", "if self.minutes and self.steps: raise UserError(\"give minutes or steps, not both\")", "pass", "minutes and steps together"),
+    ("training.config", "if config.minutes and config.steps: raise UserError(\"give minutes or steps, not both\")", "pass", "minutes and steps together"),
     ("training.config", "zero = name in ZERO_TOO", "zero = True", "0 steps are accepted"),
     ("training.config", "not 0 <= value < math.inf", "not 0 <= value", "infinity is a number of minutes"),
     ("training.config", "other = {\"minutes\": \"steps\", \"steps\": \"minutes\"}", "other = {}", "a new budget leaves the old one"),
@@ -79,7 +79,7 @@ MUTANTS = [
      "bfloat16 is asked for in vain"),
     ("training.train", "torch.bincount(piece, nats * w), torch.bincount(piece, w)", "torch.bincount(piece, nats), torch.bincount(piece, w)", "padding has a loss"),
     ("training.train", "rows = torch.arange(len(b.x)).repeat_interleave(b.x.shape[1]) * (doc.max() + 1)", "rows = 0 * doc", "documents of all rows are one"),
-    ("training.train", "return ((off.square().sum() * n / (n - 1)).sqrt() / counts.sum()).item() if n > 1 else None", "return ((off.square().sum() / (n - 1)).sqrt() / counts.sum()).item() if n > 1 else None",
+    ("training.run", "return ((off.square().sum() * n / (n - 1)).sqrt() / counts.sum()).item() if n > 1 else None", "return ((off.square().sum() / (n - 1)).sqrt() / counts.sum()).item() if n > 1 else None",
      "the standard error of the mean is too small"),
     ("training.train", "    was_training = model.training\n    model.eval()\n", "    was_training = True\n", "a model in eval mode comes back in training mode"),
     ("training.train", "if not nats.isfinite().all():", "if False:", "nan is a loss"),

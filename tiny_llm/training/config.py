@@ -55,7 +55,7 @@ class TrainConfig:
     data: str = None            # the text: stories, python, a file, folder, dataset or mixture; None: stories
     limit: int = None           # documents at most; None: all
     column: str = None          # column of the text in rows; None: the usual names
-    tokenizer: str = "bpe"      # bpe, bytes or chars: trained on the text; or a model folder or tokenizer.json to reuse
+    tokenizer: str = "bpe"      # bpe, bytes, chars, or a model folder or tokenizer.json to reuse
     vocab_size: int = 1024      # tokens in the vocabulary
     preset: str = None          # named shape of the model; None: what suits the minutes, with steps `quick`
     model: dict = None          # shape of the model, field by field; None: that of the preset
@@ -86,17 +86,20 @@ class TrainConfig:
     save_every: int = None      # steps between two saves; None: at evaluations, and every minute
     overfit_one_batch: bool = False   # learn the first batch again and again: a test of model and optimizer
 
-    def __post_init__(self):
-        if isinstance(self.betas, list): object.__setattr__(self, "betas", tuple(self.betas))   # from a file
-        if self.dtype is not None:
-            name = str(self.dtype).removeprefix("torch.")
-            object.__setattr__(self, "dtype", SHORT.get(name, name))
-        for f in fields(self):
-            _check(f.name, f.type, getattr(self, f.name))
-        if self.minutes and self.steps: raise UserError("give minutes or steps, not both")
-        for name in SHARES:
-            if (getattr(self, name) or 0) >= 1:
-                raise UserError(f"{name} is {getattr(self, name)}; give a share, from 0 to below 1")
+    def __post_init__(self): _check_all(self)
+
+# %% ../../nbs/3_training/03_config.ipynb #34573238
+def _check_all(config):
+    if isinstance(config.betas, list): object.__setattr__(config, "betas", tuple(config.betas))   # from a file
+    if config.dtype is not None:
+        name = str(config.dtype).removeprefix("torch.")
+        object.__setattr__(config, "dtype", SHORT.get(name, name))
+    for f in fields(config):
+        _check(f.name, f.type, getattr(config, f.name))
+    if config.minutes and config.steps: raise UserError("give minutes or steps, not both")
+    for name in SHARES:
+        if (getattr(config, name) or 0) >= 1:
+            raise UserError(f"{name} is {getattr(config, name)}; give a share, from 0 to below 1")
 
 # %% ../../nbs/3_training/03_config.ipynb #328c8d47
 def _check(name, kind, value):
@@ -193,7 +196,8 @@ def to_dict(
 
 # %% ../../nbs/3_training/03_config.ipynb #4077d220
 FREE = ("log_every", "eval_every", "save_every", "patience")   # may change when a run is resumed
-TEXT = ("data", "limit", "column", "tokenizer", "vocab_size", "preset")   # may be told to a run that does not name its text
+# may be told to a run that does not name its text:
+TEXT = ("data", "limit", "column", "tokenizer", "vocab_size", "preset")
 
 def resumed(
     past: TrainConfig,   # settings of the run that goes on
