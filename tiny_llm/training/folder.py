@@ -444,7 +444,7 @@ def _same_model(folder, saved, its_tok, model, tok):
             raise UserError(f"the model has {name} {here[name]}, the one in {folder} has {there[name]}; "
                             "give the same shape of model to resume")
 
-# %% ../../nbs/3_training/02_folder.ipynb #0365660d
+# %% ../../nbs/3_training/02_folder.ipynb #7738ba2d
 def _sums(shards): return {file.name: sha256(file) for file in shards.iterdir()}
 
 def _together(shards, wanted, like):

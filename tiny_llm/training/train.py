@@ -29,10 +29,10 @@ from .optim import clip_gradients, make_optimizer, schedule
 from .config import (TrainConfig, changed, check_number, read_config, requested, resumed, split_record,
                                       takes_settings, to_dict)
 from .folder import fall_back, read_sealed, sweep, write_sealed
-from .run import (ALONE, COMPILE_SECONDS, Clock, Progress, Run, can_compile, choose, compiled, disk_error,
-                                   disk_errors, evaluates, layer_entropies, logs, most_memory, notices, outlook,
-                                   past_run, peak, png_of, read_metrics, recompute, record, resolved, review, run_card,
-                                   same_run, saves, standard_error, stop_requests, update_ratios, waits,
+from .run import (ALONE, COMPILE_SECONDS, Clock, Progress, Run, can_compile, choose, compiled,
+                                   disk_error, disk_errors, evaluates, layer_entropies, logs, most_memory, notices,
+                                   outlook, past_run, peak, png_of, read_metrics, recompute, record, resolved, review,
+                                   run_card, same_run, saves, standard_error, stop_requests, update_ratios, waits,
                                    weights_by_kind)
 
 # %% ../../nbs/3_training/05_train.ipynb #4d569a63
@@ -100,6 +100,7 @@ def evaluate_loss(
     ctx: int = None,      # T, predictions per row; None: the model's
     floor: float = None,  # nats per token, where it is known; None: from the documents' own `nats`
     dtype=torch.float32,  # of the products
+    group=ALONE,          # of processes that share the work (3.10 scale)
 ) -> dict:                # nats_per_token, se, bits_per_byte, floor_nats_…, floor_bits_…, gap, tokens, bytes
     "The loss on documents packed whole, where none sees another. Without a floor its three entries are None."
     for name, value in dict(batch=batch, ctx=ctx).items():
@@ -194,6 +195,7 @@ def emit(self: Training,
     event: str,      # begin, step, log, evaluate, save or end
 ):
     "Tell all callbacks; what they cause is told when all have heard of this."
+    self.group.read(self.clock)
     self.events.append(event)
     if len(self.events) > 1: return
     try:
