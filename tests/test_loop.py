@@ -9,7 +9,7 @@ from test_resume import go, one_thread, parts, weights       # noqa: F401, the f
 from test_training import begun
 from tiny_llm.basics import UserError
 from tiny_llm.text.batches import Batches, tokenize
-from tiny_llm.training import folder as folders, train as trainer
+from tiny_llm.training import folder as folders, run as around, train as trainer
 from tiny_llm.training.config import TrainConfig
 from tiny_llm.training.folder import load
 from tiny_llm.training.run import COMPILE_FROM, Run, overfitting, resolved, total_operations
@@ -228,12 +228,12 @@ def test_two_damaged_checkpoints_are_refused_and_left(tmp_path):
 def test_a_kill_between_last_and_best(tmp_path, monkeypatch):
     "What was the best is written at the next start."
     class Kill(BaseException): pass
-    write = trainer.write_checkpoint
+    write = around.write_checkpoint
     def killed(folder, model, tok, opt, state, *more):
         if folder.name == "best" and state["step"] == 6: raise Kill
         return write(folder, model, tok, opt, state, *more)
     with monkeypatch.context() as m:
-        m.setattr(trainer, "write_checkpoint", killed)
+        m.setattr(around, "write_checkpoint", killed)
         with pytest.raises(Kill): go(tmp_path/"run", **SETTINGS)
     assert (step_in(tmp_path/"run"/"last"), step_in(tmp_path/"run"/"best")) == (6, 3)
     go(tmp_path/"run", resume=True, stop_at=6)

@@ -158,8 +158,8 @@ def test_a_run_in_steps_does_not_depend_on_how_busy_the_machine_is(tmp_path):
 
 def test_a_second_stop_says_what_is_kept(tmp_path, monkeypatch):
     "Ctrl-C between two steps is obeyed, a second one during the save too; the run goes on from the checkpoint before."
-    from tiny_llm.training import train as trainer
-    step, write = trainer.Training.advance, trainer.write_checkpoint
+    from tiny_llm.training import run as around, train as trainer
+    step, write = trainer.Training.advance, around.write_checkpoint
     def pressed_once(t, share):
         if t.step == 4: signal.raise_signal(signal.SIGINT)
         return step(t, share)
@@ -169,7 +169,7 @@ def test_a_second_stop_says_what_is_kept(tmp_path, monkeypatch):
     settings = dict(steps=9, batch=2, dtype="float32", save_every=3, eval_every=3)
     with monkeypatch.context() as m:
         m.setattr(trainer.Training, "advance", pressed_once)
-        m.setattr(trainer, "write_checkpoint", pressed_again)
+        m.setattr(around, "write_checkpoint", pressed_again)
         with pytest.raises(KeyboardInterrupt, match="last holds step 3, and resume goes on from there"): go(tmp_path/"run", **settings)
     rest = go(tmp_path/"run", resume=True)
     assert rest.summary["step"] == 9 and all(torch.equal(a, b) for a, b in zip(weights(rest), weights(go(**settings))))

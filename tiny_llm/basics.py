@@ -30,8 +30,8 @@ def did_you_mean(
 def note(
     text,   # what the person at the terminal should know
 ):
-    "One line on standard error, out of the way of results."
-    print(text, file=sys.stderr, flush=True)
+    "One line on standard error, out of the way of results; of the processes of `torchrun` the first speaks."
+    if os.environ.get("RANK", "0") == "0": print(text, file=sys.stderr, flush=True)
 
 # %% ../nbs/01_basics.ipynb #cd936f3d
 COLORS = dict(blue="#0072B2", orange="#E69F00", green="#009E73", red="#D55E00",
@@ -390,5 +390,5 @@ def taken(
 def single_process():
     "UserError in a process that a launcher such as torchrun has started beside others."
     n = os.environ.get("WORLD_SIZE", "1")
-    if n != "1": raise UserError(f"this is one of {n} processes (WORLD_SIZE={n}), and tiny_llm trains in one; "
+    if n != "1": raise UserError(f"this is one of {n} processes (WORLD_SIZE={n}), and this is done in one; "
                                  "start it without torchrun")

@@ -389,6 +389,7 @@ def write_checkpoint(
     state,    # dict for state.json: step, tokens, elapsed, …
     card=None,    # text of the model card
     before=None,  # where the checkpoint that was there is kept; None: nowhere
+    shards=None,  # folder of what several processes have written of `opt` (3.10 scale), to be moved in; or None
 ):
     "A model folder with the state of the run beside the weights, whole or not at all."
     folder = Path(folder)
@@ -396,9 +397,13 @@ def write_checkpoint(
     shutil.rmtree(new, ignore_errors=True)
     try:
         save(model, tok, new, card=card)
-        memory = tensors_to({k: v.detach().contiguous() for k, v in opt.state_dict().items()})
-        file = write_file(new / "state" / "optimizer.safetensors", memory)
-        write_sealed(new / "state" / "state.json", {**state, "random": _random_states(), "optimizer": sha256(file)})
+        if shards:
+            (new / "state").mkdir(exist_ok=True)
+            sums = _sums(shards.rename(new / "state" / "optimizer"))
+        else:
+            memory = tensors_to({k: v.detach().contiguous() for k, v in opt.state_dict().items()})
+            sums = sha256(write_file(new / "state" / "optimizer.safetensors", memory))
+        write_sealed(new / "state" / "state.json", {**state, "random": _random_states(), "optimizer": sums})
         if before and folder.exists(): _keep(folder, before)
         swap_in(new, folder)
     finally: shutil.rmtree(new, ignore_errors=True)
@@ -438,11 +443,27 @@ def _same_model(folder, saved, its_tok, model, tok):
             raise UserError(f"the model has {name} {here[name]}, the one in {folder} has {there[name]}; "
                             "give the same shape of model to resume")
 
-# %% ../../nbs/3_training/02_folder.ipynb #4fb98953
-def _memory(folder, state):
+# %% ../../nbs/3_training/02_folder.ipynb #7b853152
+def _sums(shards): return {file.name: sha256(file) for file in shards.iterdir()}
+
+def _together(shards, wanted, like):
+    "The tensors of the files that several processes have written (3.10 scale); `like`: which parts of them."
+    import torch.distributed.checkpoint as dcp          # here, because most runs need none of it
+    if _sums(shards) != wanted: raise SafetensorError("its files are not those that state.json names")
+    reader = dcp.HuggingFaceStorageReader(str(shards))
+    about = reader.read_metadata().state_dict_metadata.items()
+    empty = {name: torch.empty(t.size, dtype=t.properties.dtype) for name, t in about}
+    parts = like(empty) if like else empty
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")                 # that nothing is distributed here
+        if parts: dcp.load(parts, storage_reader=reader, no_dist=like is None)
+    return parts
+
+def _memory(folder, state, like=None):
     "What the optimizer remembered."
     file, wanted = folder / "state" / "optimizer.safetensors", state.pop("optimizer", None)
     try:
+        if isinstance(wanted, dict): return _together(file := file.with_suffix(""), wanted, like)
         data = file.read_bytes()
         if sha256(data) != (wanted or sha256(data)): raise SafetensorError("its SHA-256 is not the one in state.json")
         return tensors_from(data)
@@ -460,7 +481,7 @@ def read_checkpoint(
     saved, its_tok = load(folder, device="cpu")
     _same_model(folder, saved, its_tok, model, tok)
     state = read_sealed(folder / "state" / "state.json")
-    opt.load_state_dict(_memory(folder, state))
+    opt.load_state_dict(_memory(folder, state, getattr(opt, "like", None)))
     model.load_state_dict(saved.state_dict())
     _set_random_states(state.pop("random"))
     return state

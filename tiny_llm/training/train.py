@@ -28,11 +28,11 @@ from ..text.sources import documents, held_out
 from .optim import clip_gradients, make_optimizer, schedule
 from .config import (TrainConfig, changed, check_number, config_of, read_config, requested, resumed,
                                       split_record, takes_settings, to_dict)
-from .folder import fall_back, read_checkpoint, read_sealed, sweep, write_checkpoint, write_sealed
-from .run import (COMPILE_SECONDS, Clock, Progress, Run, can_compile, choose, compiled, disk_error,
-                                   disk_errors, evaluates, layer_entropies, logs, most_memory, notices, outlook,
-                                   past_run, peak, png_of, read_metrics, recompute, record, resolved, review, run_card,
-                                   same_run, saves, shares_of, standard_error, stop_requests, update_ratios, waits,
+from .folder import fall_back, read_sealed, sweep, write_sealed
+from .run import (ALONE, COMPILE_SECONDS, Clock, Progress, Run, can_compile, choose, compiled,
+                                   disk_error, disk_errors, evaluates, layer_entropies, logs, most_memory, notices,
+                                   outlook, past_run, peak, png_of, read_metrics, recompute, record, resolved, review,
+                                   run_card, same_run, saves, shares_of, standard_error, stop_requests, update_ratios, waits,
                                    weights_by_kind)
 
 # %% ../../nbs/3_training/05_train.ipynb #4d569a63
@@ -77,15 +77,16 @@ def _by_document(model, b, dtype):
     sums = torch.bincount(piece, nats * w), torch.bincount(piece, w)
     return [x[sums[1] > 0] for x in sums]
 
-def _losses(model, tokens, ctx, batch, dtype):
-    "(nats, predictions that count) of each document."
+def _losses(model, tokens, ctx, batch, dtype, group=ALONE):
+    "(nats, predictions that count) of each document of this process's share."
     was_training = model.training
     model.eval()
-    rows = LargeBatches(tokens, ctx, batch or max(1, 4096 // ctx)).once()
+    batch = group.world * (batch or max(1, 4096 // ctx))
+    rows = LargeBatches(tokens, ctx, batch, rank=group.rank, world=group.world).once()
     found = [_by_document(model, b.to(model.device), dtype) for b in rows]
     model.train(was_training)
     nats, counts = (torch.cat(x) for x in zip(*found))
-    if not nats.isfinite().all():
+    if group.sum(not nats.isfinite().all())[0]:
         raise UserError("the loss is no number: weights of this model are NaN or infinite; use an earlier checkpoint")
     return nats, counts
 
@@ -99,6 +100,7 @@ def evaluate_loss(
     ctx: int = None,      # T, predictions per row; None: the model's
     floor: float = None,  # nats per token, where it is known; None: from the documents' own `nats`
     dtype=torch.float32,  # of the products
+    group=ALONE,          # of processes that share the work (3.10 scale)
 ) -> dict:                # nats_per_token, se, bits_per_byte, floor_nats_…, floor_bits_…, gap, tokens, bytes
     "The loss on documents packed whole, where none sees another. Without a floor its three entries are None."
     for name, value in dict(batch=batch, ctx=ctx).items():
@@ -108,9 +110,10 @@ def evaluate_loss(
     tokens = docs if isinstance(docs, Tokens) else tokenize(docs, tok)
     if tokens.hash != tok.hash:
         raise UserError("these tokens were made with another tokenizer; tokenize the documents again")
-    nats, counts = _losses(model, tokens, ctx or model.cfg.ctx, batch, dtype)
-    if not len(counts): raise UserError("nothing in these documents counts: all loss weights are 0")
-    se, nats, count = standard_error(nats, counts), nats.sum().item(), counts.sum().item()
+    nats, counts = _losses(model, tokens, ctx or model.cfg.ctx, batch, dtype, group)
+    se = standard_error(nats, counts, group)
+    nats, count = group.sum(nats.sum().item(), counts.sum().item())
+    if not count: raise UserError("nothing in these documents counts: all loss weights are 0")
     least = floor * count if floor is not None else story_nats(docs)
 
     def per_byte(n):
@@ -130,6 +133,7 @@ def glimpse(
     n: int = 40,             # tokens at most
     temperature: float = 0.8,
     seed: int = 0,           # of its own generator: the run's random states stay as they are
+    group=ALONE,             # of processes that hold the model (3.10 scale)
 ) -> str:
     "A short text by the model as it is now."
     gen = torch.Generator().manual_seed(seed)
@@ -138,7 +142,8 @@ def glimpse(
         logits = model(torch.tensor([ids[-model.cfg.ctx:]], device=model.device))[0, -1].float().cpu()
         if not logits.isfinite().all(): raise UserError("weights of this model are NaN or infinite; it can say nothing")
         logits[tok.nameless(len(logits))] = -math.inf       # rows of the head that belong to no token
-        ids.append(torch.multinomial(softmax(logits, temperature), 1, generator=gen).item())
+        drawn = torch.multinomial(softmax(logits, temperature), 1, generator=gen).item()
+        ids.append(group.share(drawn))
         if ids[-1] == tok.eos: break
     return tok.decode(ids[1:], special=False)
 
@@ -154,10 +159,12 @@ class Training:
         val=None,             # Tokens to evaluate on, or None
         floor=None,           # nats per token of `val`, or None
         clock=None,           # Clock, or None
+        group=ALONE,          # the processes that take part
     ):
         tokens.require(config.ctx)
         if folder: family(model.cfg)     # what no class of transformers computes could not be saved
-        self.model, self.tok, self.config, self.folder = model, tok, config, folder
+        self.model, self.tok, self.config, self.group = model, tok, config, group
+        self.place, self.folder = folder, None if group.rank else folder     # only rank 0 writes
         self.val, self.floor, self.clock = val, floor, clock or Clock(steps=1)
         self.step = self.tokens = self.best_step = 0    # steps done; predictions learnt from
         self.saved_step = self.a_step = None            # of the last checkpoint; seconds of a step, once measured
@@ -168,9 +175,13 @@ class Training:
         self.tenth, self.cost, self.looked = 0, 0.0, time.perf_counter()     # of the evaluations, for `evaluates`
         self.callbacks, self.events, self.quiet = [evaluates, logs, waits, notices, saves], [], True
         self.shares = [] if self.clock.budget or config.repeat else None    # of the run, over before each step
-        self.batches = LargeBatches(tokens, config.ctx, config.batch, config.seed)
-        self.opt = make_optimizer(model, config.optimizer, config.lr, config.weight_decay, config.betas, ema=config.ema)
-        self.dtype, self.kinds, self.peak = getattr(torch, config.dtype), weights_by_kind(model), None
+        self.batches = LargeBatches(tokens, config.ctx, config.batch, config.seed, group.rank, group.world)
+        group.spread(model)
+        self.dtype, self.peak = getattr(torch, config.dtype), None
+        self.opt = group.optimizer(make_optimizer(model, config.optimizer, config.lr, config.weight_decay, config.betas,
+                                                  self.dtype, config.ema))
+        self.kinds = {kind: [group.own(w.detach()) for w in ws] for kind, ws in weights_by_kind(model).items()}
+        group.read(self.clock)
         self.plain = partial(loss_of, smoothing=config.smoothing) if config.smoothing else loss_of
         self.loss = compiled(self.plain) if config.compile else self.plain
         if config.recompute: recompute(model)
@@ -184,6 +195,7 @@ def emit(self: Training,
     event: str,      # begin, step, log, evaluate, save or end
 ):
     "Tell all callbacks; what they cause is told when all have heard of this."
+    self.group.read(self.clock)
     self.events.append(event)
     if len(self.events) > 1: return
     try:
@@ -210,22 +222,25 @@ def advance(self: Training,
     progress: float,   # share of the run that is over, 0 to 1
 ) -> float:            # loss of the batch before the step, nats per token
     "One step, taken if loss and gradient are numbers."
-    began, config, loss = time.perf_counter(), self.config, 0.0
+    began, config, group, loss = time.perf_counter(), self.config, self.group, 0.0
+    group.seed(config.seed, self.step)
     first = 0 if config.overfit_one_batch else self.step * config.accumulate
     parts = [self.batches[first + i] for i in range(config.accumulate)]
-    weight = sum(b.w.sum().item() for b in parts)
+    weight, n = group.sum(sum(b.w.sum().item() for b in parts), sum(b.n_targets for b in parts))
     self.opt.zero_grad()
-    for b in parts:
-        part = self.loss(self.model, b.to(self.model.device), self.dtype) * (b.w.sum().item() / max(weight, 1e-8))
+    for i, b in enumerate(parts):
+        share = group.world * b.w.sum().item() / max(weight, 1e-8)     # equation 3.10.2; of one process, world is 1
+        part = group.wrap(self.loss, i == len(parts) - 1)(self.model, b.to(self.model.device), self.dtype) * share
         part.backward()
         loss += part.detach()
-    norm, loss = clip_gradients(self.model.parameters(), config.clip).item(), loss.item()
+    norm = group.whole(clip_gradients(self.model.parameters(), config.clip)).item()
+    loss = group.sum(loss.item())[0] / group.world
     self.step, self.loss_now, more = self.step + 1, loss, {}
     if self.shares is not None: self.shares.append(progress)
     if math.isfinite(loss) and math.isfinite(norm):
         self.move(schedule(progress, config.warmup, config.decay))
-        n, self.in_a_row, self.grad_norm = sum(b.n_targets for b in parts), 0, norm
-        self.tokens, more = self.tokens + n, dict(loss=loss * weight, weight=weight, tokens=n)
+        self.in_a_row, self.grad_norm = 0, norm
+        self.tokens, more = self.tokens + int(n), dict(loss=loss * weight, weight=weight, tokens=n)
     else: self.pass_over(norm)
     more["seconds"] = time.perf_counter() - began
     self.since = {name: value + more.get(name, 0) for name, value in self.since.items()}
@@ -254,7 +269,7 @@ def move(self: Training,
     seen = self.step % self.log_every == 0
     before = {kind: torch._foreach_mul(w, 1) for kind, w in self.kinds.items()} if seen else None
     self.opt.step(factor)
-    self.moved = update_ratios(self.kinds, before) if seen else None
+    self.moved = update_ratios(self.kinds, before, self.group) if seen else None
 
 @patch
 def averaged(self: Training):
@@ -311,9 +326,10 @@ def evaluate(self: Training,
     "Measure the loss on held-out documents, look at a sample; what follows is for the callbacks."
     ctx, model = self.config.ctx, self.model
     with self.averaged():
-        more = dict(sample=glimpse(model, self.tok, seed=self.config.seed))
+        more = dict(sample=glimpse(model, self.tok, seed=self.config.seed, group=self.group))
         if self.val is not None:
-            self.scores = evaluate_loss(model, self.tok, self.val, ctx=ctx, floor=self.floor, dtype=dtype or self.dtype)
+            self.scores = evaluate_loss(model, self.tok, self.val, ctx=ctx, floor=self.floor,
+                                        dtype=dtype or self.dtype, group=self.group)
             more |= dict(val=self.scores["nats_per_token"], val_se=self.scores["se"],
                          val_bits_per_byte=self.scores["bits_per_byte"], floor=self.floor)
         if self.config.entropy:
@@ -332,19 +348,20 @@ def checkpoint(self: Training,
     best: bool = False,   # renew best/ too
 ):
     "Write last/, and best/."
-    if self.folder is None: return
-    if not all(w.isfinite().all() for w in self.model.parameters()):
+    if self.place is None: return
+    bad = sum(not self.group.own(w).isfinite().all() for w in self.model.parameters())
+    if self.group.sum(bad)[0]:
         raise UserError(f"step {self.step}: weights are NaN or infinite and are not saved; try a lower learning rate")
-    clock, self.tried = self.clock, time.perf_counter()
+    clock, self.tried = self.clock, self.clock.now
     state = dict(elapsed=clock.seconds, lost=clock.lost, reserve=clock.reserve,
                  best=self.best if math.isfinite(self.best) else None, shares=self.shares,
                  **{name: getattr(self, name) for name in REMEMBERED})
     what = self.model, self.tok, self.opt, state, run_card(self)
     try:
-        write_checkpoint(self.folder / "last", *what, self.folder / ".previous")
+        self.group.write(self.place / "last", *what, self.place / ".previous")
         if best:
             with self.averaged():
-                write_checkpoint(self.folder / "best", *what)
+                self.group.write(self.place / "best", *what)
             self.best_saved = self.best, self.best_step
     except (OSError, UserError) as e:
         if self.stopped or self.saved_step is None or disk_error(e) is None: raise    # at the end there is no later
@@ -365,22 +382,26 @@ def what_is_kept(self: Training) -> str:
 @patch
 def restore(self: Training):
     "Go back to last/; without one, to the start. Lines logged after it are taken out."
-    sweep(self.folder)
-    fall_back(self.folder)
-    if (self.folder / "last").exists():
-        state = read_checkpoint(self.folder / "last", self.model, self.tok, self.opt)
+    place, first = self.place, self.group.first
+    first(sweep, place)
+    first(fall_back, place)
+    if (place / "last").exists():
+        state = self.group.read_back(place / "last", self.model, self.tok, self.opt)
         for name in REMEMBERED:
             if name in state: setattr(self, name, state[name])        # earlier versions remembered less
         self.saved_step, self.shares = self.step, state.get("shares")       # None: of steps, or of an older version
         self.best = math.inf if state["best"] is None else state["best"]
         self.best_saved = self.best, self.best_step
         self.clock.before, self.clock.lost, self.clock.reserve = state["elapsed"], state["lost"], state["reserve"]
-    file = self.folder / "metrics.jsonl"
+    file = place / "metrics.jsonl"
     rows = read_metrics(file)
     self.metrics = [r for r in rows if r["step"] <= self.step] if self.step else []
-    if file.exists() and file.read_bytes() != _lines(self.metrics).encode(): write_file(file, _lines(self.metrics))
-    best = self.folder / "best" / "state" / "state.json"
+    first(_rewrite, file, _lines(self.metrics))
+    best = place / "best" / "state" / "state.json"
     if self.saved_step and self.best_step == self.step != _step_in(best): self.checkpoint(best=True)
+
+def _rewrite(file, text):
+    if file.exists() and file.read_bytes() != text.encode(): write_file(file, text)
 
 def _step_in(file):
     try: return read_sealed(file).get("step")
@@ -436,18 +457,19 @@ def rate(self: Training) -> float:
 def prepare(self: Training):
     "Choose, compile, and know what the machine can do."
     choose(self)
-    self.peak = peak(self.model.device, self.dtype)
+    self.peak = peak(self.model.device, self.dtype) * self.group.world
 
 @patch
 def first_look(self: Training):
     "Evaluate before the first step, measure what the end will cost, and keep that much time back."
-    clock, start = self.clock, time.perf_counter()
+    clock, start = self.clock, self.clock.now
     if self.step == 0: self.evaluate()
+    self.group.read(clock)
     if clock.budget:
         slower = 1.8 if self.dtype == torch.bfloat16 else 1.2    # the last evaluation is in float32, the first was not
-        the_end = self.a_step + slower * (time.perf_counter() - start) + 1
+        the_end = self.a_step + slower * (clock.now - start) + 1
         clock.reserve = max(clock.reserve, min(the_end, 0.4 * clock.budget))
-    clock.lost += time.perf_counter() - clock.began
+    clock.lost += clock.now - clock.began
 
 # %% ../../nbs/3_training/05_train.ipynb #7fd7fc28
 @patch
@@ -475,9 +497,10 @@ def run_steps(
 ) -> str:            # why it stopped: finished, paused, interrupted, or what a callback put into `t.stop`
     "Step until the budget is used up."
     while (share := t.clock.progress(t.step)) < 1 or t.step == 0:     # at least one step
-        if t.stop: return t.stop
+        ends, heard = t.group.sum(bool(t.stop), bool(asked))          # any process may be told to stop
+        if ends: return t.stop or "interrupted"
         if stop_at is not None and t.step >= stop_at: return "paused"
-        if asked: return "interrupted"
+        if heard: return "interrupted"
         t.advance(share)
         t.emit("step")
     return t.stop or "finished"
@@ -533,9 +556,10 @@ def _settings(config, given, model, device, folder, resume):
     return resumed(past[0], requested(asked, given, config), folder), past[1]
 
 # %% ../../nbs/3_training/05_train.ipynb #54d8d5e2
-def _training(docs, val, tok, floor, began, asked):
+def _training(docs, val, tok, floor, began, asked, group=ALONE):
     "(Training, name of its source or None, record of the run that goes on or None)."
     config, made = _settings(*asked)
+    config = TrainConfig(**group.share(to_dict(config)))     # what was measured is what rank 0 has measured
     _, _, model, device, folder, _ = asked
     source = docs if docs is not None else config.data or "stories"
     name = str(source) if isinstance(source, (str, Path)) else None
@@ -548,11 +572,12 @@ def _training(docs, val, tok, floor, began, asked):
     tokens, held, least = train_and_val(source, val, tok, cap, config.seed)
     clock = Clock(config.minutes, config.steps, began, shares_of(config.repeat, config.steps) if config.repeat else ())
     least = least if floor is None else floor
-    return Training(model.to(device), tok, tokens, config, folder, held, least, clock), name, made
+    return Training(model.to(device), tok, tokens, config, folder, held, least, clock, group), name, made
 
 # %% ../../nbs/3_training/05_train.ipynb #8fd7fd62
 def _run(t, name, made, stop_at, quiet, callbacks):
     "The Run of a Training."
+    quiet = quiet or t.group.rank > 0
     threads, bar = torch.get_num_threads(), Progress(quiet)
     t.callbacks += [bar.tell, *callbacks]
     t.quiet = quiet
@@ -586,18 +611,22 @@ def train(
     quiet: bool = False,  # no bar and no lines
     callbacks=(),         # functions (event, training), told of all that happens after the trainer's own
     began: float = None,  # time.perf_counter() at which the minutes began; None: now
+    group=None,           # `Group` of processes that share the work (3.10 scale); None: this one alone
     **kwargs,             # settings of `TrainConfig`, instead of those in `config`; None: as there
 ) -> Run:
     "Train a model within a budget; what it measures and saves is described by `Run`."
     began, folder, device = began or time.perf_counter(), out and Path(out).expanduser(), pick_device(device)
     if stop_at is not None: check_number("stop_at", stop_at)
-    single_process()
-    past_run(folder, resume)
-    with owned(folder if resume else None):
-        t, name, made = _training(docs, val, tok, floor, began, (config, kwargs, model, device, folder, resume))
+    if group is None: single_process()
+    group = group or ALONE
+    group.first(past_run, folder, resume)
+    mine = None if group.rank else folder            # which only rank 0 can own
+    with owned(mine if resume else None):
+        asked = config, kwargs, model, device, folder, resume
+        t, name, made = _training(docs, val, tok, floor, began, asked, group)
         # the folder of a new run is made only now, when nothing is left to complain about
-        with owned(folder), disk_errors(folder):
-            past_run(folder, resume)                 # another process may have begun a run meanwhile, or ended it
+        with owned(mine), disk_errors(mine):
+            group.first(past_run, folder, resume)    # another process may have begun a run meanwhile, or ended it
             return _run(t, name, made, stop_at, quiet, callbacks)
 
 # %% ../../nbs/3_training/05_train.ipynb #ca8c8853
@@ -637,7 +666,8 @@ def time_steps(
     ids = torch.randint(model.cfg.vocab_size, shape, device=device)
     pos = torch.arange(config.ctx, device=device).expand(shape)
     b = Batch(x=ids, y=ids, w=torch.ones(shape, device=device), doc=torch.zeros_like(ids), pos=pos)
-    opt, dtype, shortest = make_optimizer(model, config.optimizer, config.lr), getattr(torch, config.dtype), math.inf
+    dtype, shortest = getattr(torch, config.dtype), math.inf
+    opt = make_optimizer(model, config.optimizer, config.lr, dtype=dtype)
     for i in range(n):
         start = time.perf_counter()
         opt.zero_grad()
