@@ -185,9 +185,9 @@ def test_a_pause_comes_at_its_step(tmp_path):
 
 
 def test_a_run_is_saved_when_asked(tmp_path, monkeypatch):
-    from tiny_llm.training import train as trainer
-    saved, write = [], trainer.write_checkpoint
-    monkeypatch.setattr(trainer, "write_checkpoint", lambda *a: a[0].name == "last" and saved.append(a[4]["step"]) or write(*a))
+    from tiny_llm.training import run as runs
+    saved, write = [], runs.write_checkpoint
+    monkeypatch.setattr(runs, "write_checkpoint", lambda *a: a[0].name == "last" and saved.append(a[4]["step"]) or write(*a))
     run = go(tmp_path/"run", steps=9, batch=2, save_every=2, eval_every=5, log_every=3)
     assert saved == [0, 2, 4, 5, 6, 8, 9] and [r["step"] for r in run.metrics if "val" in r] == [0, 5, 9]
     assert [r["step"] for r in run.metrics if "loss" in r] == [3, 5, 6, 9]
