@@ -140,7 +140,7 @@ def interval(
     return [value - t_quantile(n) * se, value + t_quantile(n) * se]
 
 # %% ../../nbs/3_training/14_benchmarks.ipynb #776d13e3
-UNITS, PARTS, SHORTEST = 30, 100, 500   # documents that are enough; parts they are cut into otherwise; bytes of a part
+UNITS, PARTS, SHORTEST = 30, 30, 500   # documents that are enough; parts they are cut into otherwise; bytes of a part
 
 def _byte_ends(tok, doc):
     "Where each token of a document ends, in bytes."
@@ -408,6 +408,7 @@ def benchmark(
         given = {name: ([source] if source else []) for name, source in parse_tasks(tasks).items()}
         return dict(text=text_loss(model, tok, docs, **windows) if docs else None,
                     tasks={name: TASKS[name](model, tok, *source, limit=limit) for name, source in given.items()})
+    if baseline and not windows.get("ctx"): windows["ctx"] = min(m.cfg.ctx for m in (model, baseline[0]))
     out = measured(model, tok)
     if not baseline: return out
     other, same = measured(*baseline), {}
