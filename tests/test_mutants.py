@@ -21,7 +21,7 @@ NEAREST = {
     "transformer": ["test_weights.py"],
     "text": ["test_data.py"], "text.tokenizer": ["test_typed_text.py", "test_bpe.py", "test_real_tokenizers.py"], "text.bpe": ["test_bpe.py", "test_real_tokenizers.py"],
     "text.playground": ["test_playground.py"], "text.sources": ["test_sources.py", "test_files.py"], "text.cleaning": ["test_cleaning.py"],
-    "training": ["test_training.py", "test_resume.py", "test_owners.py", "test_cli.py"], "training.folder": ["test_folders.py", "test_damage.py"],
+    "training": ["test_training.py", "test_resume.py", "test_owners.py", "test_cli.py"], "training.folder": ["test_folders.py", "test_damage.py"], "training.benchmarks": ["test_benchmarks.py"],
     "assistant": ["test_folders.py", "test_cli.py"], "assistant.finetune": ["test_options.py", "test_files.py", "test_cli.py"], "assistant.chat": ["test_chat_browser.py", "test_cli.py"],
     "deployment": ["test_options.py", "test_cli.py"]}
 LIMIT = 900      # seconds that a notebook or its tests may take; a mutant that runs on is noticed

@@ -447,6 +447,16 @@ def _start_of(past, model, out):
     if past and (out / "last").exists(): return out / "last"
     return model or start or QUICK
 
+# %% ../../nbs/5_deployment/05_cli.ipynb #e3091930
+def _judged(net, tok, n, seed, temperature):
+    "What the judges say of stories and, where the model can chat, of replies."
+    from tiny_llm.assistant.generate import grade_stories
+    told, chats = grade_stories(net, tok, n=n, seed=seed, temperature=temperature), None
+    if tok.template:
+        from tiny_llm.assistant.finetune import grade_chat
+        chats = grade_chat(net, tok, n=n, seed=seed, max_tokens=min(230, net.cfg.ctx // 2))
+    return told, chats
+
 # %% ../../nbs/5_deployment/05_cli.ipynb #86817247
 @command
 def eval_(
@@ -485,15 +495,6 @@ def eval_(
         write_file(file, json.dumps(asked | found | dict(stories=told, replies=chats)) + "\n")
     print(table([("documents", f"{len(docs):,} of {data}, {split}" if docs else None), *loss_rows(found["text"]),
                  *benchmark_rows(found), *judged_rows(told, chats)]))
-
-def _judged(net, tok, n, seed, temperature):
-    "What the judges say of stories and, where the model can chat, of replies."
-    from tiny_llm.assistant.generate import grade_stories
-    told, chats = grade_stories(net, tok, n=n, seed=seed, temperature=temperature), None
-    if tok.template:
-        from tiny_llm.assistant.finetune import grade_chat
-        chats = grade_chat(net, tok, n=n, seed=seed, max_tokens=min(230, net.cfg.ctx // 2))
-    return told, chats
 
 # %% ../../nbs/5_deployment/05_cli.ipynb #24d7ff05
 def run_folders(

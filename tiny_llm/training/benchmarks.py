@@ -110,8 +110,8 @@ def document_nats(
 
 # %% ../../nbs/3_training/14_benchmarks.ipynb #ec48d207
 def ratio(
-    sums,       # (N,) of something in each unit: nats
-    sizes,      # (N,) how much of it there is: bytes, tokens
+    sums,       # (n,) of something in each unit: nats
+    sizes,      # (n,) how much of it there is: bytes, tokens
 ) -> tuple:     # (ratio, its standard error; None for less than 2 units)
     "The sum over all units per size, equation (3.14.3)."
     x, m = (torch.as_tensor(v, dtype=torch.float64) for v in (sums, sizes))
@@ -225,8 +225,8 @@ def _loss_figures(units, least, docs, rule):
 
 # %% ../../nbs/3_training/14_benchmarks.ipynb #5ff22e18
 def paired(
-    a, b,          # (N,) of something in the same units, by two models
-    sizes=None,    # (N,) sizes of the units; None: 1 each
+    a, b,          # (n,) of something in the same units, by two models
+    sizes=None,    # (n,) sizes of the units; None: 1 each
     draws=10_000,  # R, of signs
     seed: int = 0,
 ) -> dict:         # difference (a - b per size), interval (95%), p, units
@@ -275,7 +275,7 @@ def margins(
     model,        # Transformer in eval mode
     pairs,        # list of pairs of lists of ids; the first id of both is the same
     tokens=4096,  # read at once
-):                # (N,) float32, nats: log q(first) - log q(second)
+):                # (n,) float32, nats: log q(first) - log q(second)
     "How much likelier the first row of each pair is; what both begin with is read once."
     out, groups = torch.zeros(len(pairs)), {}
     for i, pair in enumerate(pairs):
@@ -391,7 +391,8 @@ def parse_tasks(
     out = {}
     for part in filter(None, (p.strip() for p in (text or "").split(","))):
         name, _, source = part.partition(":")
-        if name not in TASKS: raise UserError(f"there is no task {name!r}; use {' or '.join(TASKS)}.{did_you_mean(name, TASKS)}")
+        if name not in TASKS:
+            raise UserError(f"there is no task {name!r}; use {' or '.join(TASKS)}.{did_you_mean(name, TASKS)}")
         out[name] = source or None
     return out
 
@@ -425,7 +426,8 @@ def _ends(ends, form=".4f"): return "" if ends is None else f" (95% interval {en
 def _difference(name, found, scale, form):
     "A row of the comparison; `scale`: of the figures."
     ends = found["interval"] and [scale * e for e in found["interval"]]
-    return f"  {name}, minus the baseline", f"{scale * found['difference']:+{form}}{_ends(ends, '+' + form)}, p = {found['p']:.4f}"
+    value = f"{scale * found['difference']:+{form}}{_ends(ends, '+' + form)}, p = {found['p']:.4f}"
+    return f"  {name}, minus the baseline", value
 
 def benchmark_rows(
     found,     # what `benchmark` returns
@@ -446,6 +448,7 @@ def benchmark_rows(
         if len(r.get("paradigms", {})) > 1:
             rows += [(f"  {p}", f"{100 * share:.1f}%") for p, share in r["paradigms"].items()]
         if "perplexity" in r:
-            rows.append(("  perplexity", f"{r['perplexity']:.2f} of the last word{_ends(r['perplexity_interval'], '.2f')}"))
+            ends = _ends(r["perplexity_interval"], ".2f")
+            rows.append(("  perplexity", f"{r['perplexity']:.2f} of the last word{ends}"))
         if name in same: rows.append(_difference(name, same[name], 100, ".2f"))
     return [row for row in rows if row[1] is not None]
