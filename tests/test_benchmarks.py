@@ -10,8 +10,8 @@ from tiny_llm.basics import UserError
 from tiny_llm.deployment.cli import try_line
 from tiny_llm.text.stories import stories
 from tiny_llm.text.tokenizer import train_tokenizer
-from tiny_llm.training.benchmarks import (all_rows, benchmark, begin_marks, blimp, counted_losses, document_nats, interval, lambada, last_word, margins, paired, ratio,
-                                          text_loss, text_units, text_windows)
+from tiny_llm.training.benchmarks import (all_rows, benchmark, begin_marks, blimp, counted_losses, document_nats, lambada, last_word, margins, paired, text_loss,
+                                          text_units)
 from tiny_llm.training.folder import load, save
 from tiny_llm.training.train import evaluate_loss
 from tiny_llm.transformer.model import Transformer, preset
@@ -81,6 +81,13 @@ def test_last_words_are_those_of_transformers(room, ours, theirs):
     assert found["items"] == hits
     torch.testing.assert_close(torch.tensor(found["nats"]), torch.tensor(nats), atol=1e-3, rtol=1e-4)
     assert found["perplexity"] == pytest.approx(math.exp(sum(nats) / len(nats)), rel=1e-3)
+
+
+def test_every_token_of_the_word_must_be_the_likeliest(ours, monkeypatch):
+    from tiny_llm.training import benchmarks
+    monkeypatch.setattr(benchmarks, "counted_losses", lambda model, rows, tokens: [(torch.ones(2), torch.tensor([True, False])), (torch.ones(2), torch.tensor([True, True]))])
+    found = lambada(*ours, [dict(text="the cat"), dict(text="the dog")])
+    assert (found["items"], found["nats"]) == ([0, 1], [2.0, 2.0])
 
 
 def test_a_long_passage_loses_its_beginning(ours):
