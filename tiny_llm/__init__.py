@@ -36,6 +36,7 @@ _home = {name: module for module, names in {
     "training.train":           "evaluate_loss plan train",
     "training.evaluate":        "gap_by_kind",
     "training.scale":           "Group on_paper tensor_parallel",
+    "training.benchmarks":      "benchmark blimp lambada paired text_loss",
     "assistant.generate":       "generate grade_stories stream",
     "assistant.finetune":       "finetune grade_chat",
     "assistant.chat":           "ChatSession chat",

@@ -494,36 +494,54 @@ def _start_of(past, model, out):
     if past and (out / "last").exists(): return out / "last"
     return model or start or QUICK
 
+# %% ../../nbs/5_deployment/05_cli.ipynb #453318cb
+def _judged(net, tok, n, seed, temperature):
+    "What the judges say of stories and, where the model can chat, of replies."
+    from tiny_llm.assistant.generate import grade_stories
+    told, chats = grade_stories(net, tok, n=n, seed=seed, temperature=temperature), None
+    if tok.template:
+        from tiny_llm.assistant.finetune import grade_chat
+        chats = grade_chat(net, tok, n=n, seed=seed, max_tokens=min(230, net.cfg.ctx // 2))
+    return told, chats
+
 # %% ../../nbs/5_deployment/05_cli.ipynb #86817247
 @command
 def eval_(
     model: str = QUICK,        # model folder or run folder
-    data: str = "stories",     # as in train
+    data: str = "stories",     # as in train; none: tasks alone
     split: str = "val",        # train, val, test, or all
     n: int = 200,              # stories and requests to judge, where data is stories; 0: none
     temperature: float = 1.0,  # of the stories; requests are answered at 0
-    ctx: int = None,           # tokens per row; left out: the model's
-    batch: int = None,         # rows at once; left out: some thousand tokens
+    ctx: int = None,           # tokens per window; left out: the model's
+    stride: int = None,        # tokens from window to window in a long text; left out: ctx
+    batch: int = None,         # windows at once; left out: some thousand tokens
     seed: int = 0,             # of the stories
     device: str = "auto",      # auto, cpu, cuda, mps
-    limit: int = None,         # documents at most
+    limit: int = None,         # documents at most; items of each task at most
     column: str = None,        # column of the text in rows
+    tasks: str = None,         # blimp,lambada; where the items are may follow: blimp:FOLDER
+    baseline: str = None,      # model to compare with, on the same documents and items
+    out: str = None,           # JSON file to write: all figures, and those of each unit and item
 ):
-    "Measure a model: loss, bits per byte, gap to the floor, shares of good stories and replies."
-    from tiny_llm.assistant.generate import check_sampling, grade_stories
+    "Measure a model: loss, bits per byte, gap, stories and replies, benchmarks; compare it with another."
+    from tiny_llm.assistant.generate import check_sampling
     from tiny_llm.text.sources import documents
-    from tiny_llm.training.train import evaluate_loss
+    from tiny_llm.training.benchmarks import benchmark, benchmark_rows, parse_tasks
     check_sampling(temperature)
     if n < 0: raise UserError(f"n is {n}; give 1 or more, or 0 to judge nothing")
+    if data == "none" and not parse_tasks(tasks): raise UserError("there is nothing to measure; give data or tasks")
+    file = out and Path(out).expanduser().absolute()
+    if file: check_out(file)
     net, tok = open_model(model, device)
-    docs = documents(data, split, limit, seed, column)
-    val, told, chats = evaluate_loss(net, tok, docs, batch=batch, ctx=ctx), None, None
-    if data == "stories" and n:
-        told = grade_stories(net, tok, n=n, seed=seed, temperature=temperature)
-        if tok.template:
-            from tiny_llm.assistant.finetune import grade_chat
-            chats = grade_chat(net, tok, n=n, seed=seed, max_tokens=min(230, net.cfg.ctx // 2))
-    print(table([("documents", f"{len(docs):,} of {data}, {split}"), *loss_rows(val), *judged_rows(told, chats)]))
+    other = open_model(baseline, device) if baseline else None
+    docs = [] if data == "none" else documents(data, split, limit, seed, column)
+    found = benchmark(net, tok, docs, tasks, other, limit, ctx=ctx, stride=stride, batch=batch)
+    told, chats = _judged(net, tok, n, seed, temperature) if data == "stories" and n else (None, None)
+    if file:
+        asked = dict(model=model, baseline=baseline, data=data, split=split)
+        write_file(file, json.dumps(asked | found | dict(stories=told, replies=chats)) + "\n")
+    print(table([("documents", f"{len(docs):,} of {data}, {split}" if docs else None), *loss_rows(found["text"]),
+                 *benchmark_rows(found), *judged_rows(told, chats)]))
 
 # %% ../../nbs/5_deployment/05_cli.ipynb #24d7ff05
 def run_folders(
