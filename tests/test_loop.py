@@ -373,3 +373,20 @@ def test_rows_of_a_step_decide_what_is_compiled():
     few = int(COMPILE_FROM["cpu"] / total_operations(1, 2, 64, model.cfg) / 2)
     compiles = lambda **kw: resolved(TrainConfig(steps=few, batch=2, ctx=64, **kw), model, "cpu").compile
     assert (compiles(), compiles(accumulate=8)) == (False, trainer.can_compile("cpu"))
+
+
+# Tokenizers by kind --------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("kind, size", [("bytes", 261), ("chars", 6 + len(set("a rose is a rose, said Ro\n")) + 1), ("folder", 270)])
+def test_a_run_takes_the_tokenizer_that_was_asked_for(tmp_path, monkeypatch, kind, size):
+    from tiny_llm.deployment.cli import try_line
+    from tiny_llm.text.tokenizer import train_tokenizer
+    monkeypatch.chdir(tmp_path)
+    text = "a rose is a rose, said Ro\n" * 60
+    (tmp_path/"roses.txt").write_text(text)
+    train_tokenizer([text] * 2, 270).save(tmp_path/"tok", ctx=32)
+    name = str(tmp_path/"tok") if kind == "folder" else kind
+    code, _, err = try_line(f"train --data roses.txt --tokenizer {name} --preset tiny --ctx 32 --steps 2 --batch 2 --out r", show=False)
+    assert code == 0, err
+    model, tok = load(tmp_path/"r"/"last", "cpu")
+    assert len(tok) == size and model.cfg.vocab_size == size and tok.decode(tok.encode("a rose")) == "a rose"

@@ -18,7 +18,7 @@ _home = {name: module for module, names in {
     "text.stories":             "Story floor_shares stories",
     "text.judge":               "parse surprisals",
     "text.dialogues":           "conversations fulfilled",
-    "text.tokenizer":           "Tokenizer train_tokenizer",
+    "text.tokenizer":           "Tokenizer train_tokenizer char_tokenizer",
     "text.bpe":                 "BPE train_bpe",
     "text.playground":          "playground",
     "text.sources":             "documents read",

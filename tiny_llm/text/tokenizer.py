@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['BYTES', 'BYTE_ID', 'PATTERN', 'GPT2_PATTERN', 'SPECIALS', 'LONGEST', 'LETTER_OF', 'BYTE_OF', 'WHITE', 'CHAT_TEMPLATE',
-           'ENDS', 'PAD', 'TINTS', 'byte_ids', 'count_pairs', 'merge', 'replay_merges', 'compile_pattern',
+           'ENDS', 'PAD', 'UNKNOWN', 'TINTS', 'byte_ids', 'count_pairs', 'merge', 'replay_merges', 'compile_pattern',
            'pretokenize', 'spell', 'unspell', 'added_tokens', 'find_added', 'split_at_specials', 'without_added',
-           'Tokenizer', 'check_text', 'give_pad', 'train_tokenizer', 'visible']
+           'Tokenizer', 'check_text', 'give_pad', 'train_tokenizer', 'char_tokenizer', 'visible']
 
 # %% ../../nbs/2_text/04_tokenizer.ipynb #7e969aa3
 import html, json, re, unicodedata, warnings
@@ -408,6 +408,24 @@ def train_tokenizer(
     if (got := tk.get_vocab_size()) < vocab_size:
         warnings.warn(f"the corpus is too small for {vocab_size} tokens: after {got} no pair of tokens occurs "
                       f"twice. The tokenizer has {got}.", stacklevel=2)
+    return Tokenizer(tk)
+
+# %% ../../nbs/2_text/04_tokenizer.ipynb #49b4f861
+UNKNOWN = "\ufffd"   # what Unicode shows for a character that could not be read
+
+def char_tokenizer(
+    docs,  # documents: list or other iterable of str
+) -> Tokenizer:
+    "Each character that occurs is a token, beside the special tokens."
+    found = {UNKNOWN}
+    for d in [docs] if isinstance(docs, str) else docs:
+        check_text(d)
+        found.update(d)
+    names = [*SPECIALS, PAD, *sorted(found)]
+    tk = tokenizers.Tokenizer(models.WordLevel({t: i for i, t in enumerate(names)}, unk_token=UNKNOWN))
+    tk.add_special_tokens([*SPECIALS, PAD])
+    tk.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tk.decoder = decoders.Fuse()
     return Tokenizer(tk)
 
 # %% ../../nbs/2_text/04_tokenizer.ipynb #c2576364
