@@ -195,7 +195,7 @@ MUTANTS = [
     ("training.doctor", "if not x <= 100 * others[i] and others[i] > 1e-3]", "if not x <= 100 * others[i]]", "beside a dead block the others explode"),
     ("training.doctor", "if event != \"end\": return", "if event == \"end\": return", "the callback speaks at the wrong time"),
     ("training.doctor", "summary[\"findings\"] = [asdict(f) for f in found]", "pass", "the callback leaves nothing behind"),
-    ("training.doctor", "return one if k <= 1 else one + (many - one) / (k - 1) * (b - 1)", "return one if k <= 1 else many * b / k", "the line has no start"),
+    ("training.doctor", "return one if k <= 1 else one + max(0, many - one) / (k - 1) * (b - 1)", "return one if k <= 1 else many * b / k", "the line has no start"),
     ("training.doctor", "likely, off = _power_law(points, np.log([tokens, weights]), y)", "likely, off = _power_law(points, np.log([weights, tokens]), y)", "tokens and weights are mixed up"),
     ("training.doctor", "held = {\"muon\": 4 * matrices + 8 * (n - matrices),", "held = {\"muon\": 8 * n,", "Muon is given AdamW's memory"),
     ("training.doctor", "if fast: a_step *= fast[0][\"seconds\"] / many[\"seconds\"]", "if fast: a_step = fast[0][\"seconds\"]", "a compiled trial of fewer rows is taken for the step"),

@@ -405,7 +405,7 @@ def _train(asked, made, config, given, out, device, resume, began, group):
 def plan(
     config: str = None,       # settings file, JSON or YAML; options on the line win
     device: str = "auto",     # auto, cpu, cuda, mps
-    seconds: float = 10,      # of measuring
+    seconds: float = 20,      # of measuring
     past: str = None,         # finished run folders on the same text, with commas between; they say the loss
     **kwargs,                 # settings of `TrainConfig`
 ):
