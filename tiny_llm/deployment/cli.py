@@ -362,21 +362,15 @@ def train(
         with owned(out if resume and not group.rank else None):
             run = _train(asked, made, config, kwargs, out, group.device or device, resume, began, group)
     if group.rank: return
-    _see_doctor(run)
     print(table(train_rows(finished(run, "the same line with --resume"))))
     return run
 
 # %% ../../nbs/5_deployment/05_cli.ipynb #f6575ba9
-def _see_doctor(run):
-    "Say what is wrong with a run that ended or was stopped."
-    from tiny_llm.training.doctor import doctor
-    for f in doctor(run):
-        note(f"{f.severity}: {f.name}: {f.evidence}. {f.advice}")
-
 def _train(asked, made, config, given, out, device, resume, began, group):
     import torch
     from dataclasses import asdict
     from tiny_llm.training.config import FREE, requested, resumed
+    from tiny_llm.training.doctor import doctor_callback
     from tiny_llm.training.folder import fall_back
     from tiny_llm.training.run import past_run
     from tiny_llm.training.train import train as fit
@@ -397,7 +391,7 @@ def _train(asked, made, config, given, out, device, resume, began, group):
     settings = None if past else changed(asked, preset=name, data=asked.data or "stories")
     again = {name: given[name] for name in FREE if name in given} if past else {}
     return fit(Transformer(cfg), tok, tokens, settings, val=val, out=out, device=device, resume=resume, began=began,
-               group=group if group.world > 1 else None, **again)
+               group=group if group.world > 1 else None, callbacks=[doctor_callback], **again)
 
 # %% ../../nbs/5_deployment/05_cli.ipynb #7314b9d8
 @command
@@ -479,6 +473,7 @@ def finetune(
     "Teach a model to answer, from conversations."
     began, out = time.perf_counter(), Path(out).expanduser()
     from tiny_llm.assistant.finetune import finetune as fit, read_conversations
+    from tiny_llm.training.doctor import doctor_callback
     from tiny_llm.training.config import requested, resumed
     from tiny_llm.training.folder import fall_back
     from tiny_llm.training.run import past_run
@@ -497,8 +492,7 @@ def finetune(
         net, tok = open_model(start, device)
         if held: note(f"{data}: {len(chats):,} conversations to learn from, {len(held):,} held out")
         run = fit(net, tok, chats, asked if past else changed(asked, data=data), val=held, out=out, device=device,
-                  resume=resume, began=began)
-    _see_doctor(run)
+                  resume=resume, began=began, callbacks=[doctor_callback])
     print(table(train_rows(finished(run, "the same line with --resume"))))
     return run
 

@@ -383,7 +383,7 @@ def doctor_callback(
     found = doctor(Run(training.folder, training.model, training.tok, training.metrics, summary, training.config,
                        record(training, None)))
     summary["findings"] = [asdict(f) for f in found]
-    if not getattr(training, "quiet", False):
+    if not training.quiet:
         for f in found:
             note(f"{f.severity}: {f.name}: {f.evidence}. {f.advice}")
 
