@@ -190,7 +190,7 @@ def test_on_paper():
     assert one["moved"] == 0 and one["gathered"] == 0 and not one["fits"]
     assert 64 * many["optimizer"] == one["optimizer"] and again["activations"] < many["activations"] / 5
     assert again["operations"] == pytest.approx(4 / 3 * many["operations"])
-    assert 0 < many["of_peak"] <= 0.4 and again["of_peak"] <= 0.3
+    assert many["of_peak"] == pytest.approx(0.4) and again["of_peak"] == pytest.approx(0.3)      # messages hide behind products
     ddp = scale.on_paper(preset("tiny"), 2, parallel="ddp")
     assert ddp["moved"] == 4 * ddp["params"] and ddp["weights"] == 4 * ddp["params"]
     assert scale.on_paper(cfg, 16)["messages"] > scale.on_paper(cfg, 8)["messages"] * 0.99

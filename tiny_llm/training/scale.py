@@ -35,8 +35,11 @@ class Group(Alone):
             raise UserError(f"parallel is {parallel!r}; choose one of {', '.join(PARALLEL)}."
                             f"{did_you_mean(str(parallel), PARALLEL)}")
         self.parallel, self.device, self.hooked = parallel, _own_device(pick_device(device)), None
-        dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
-        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        store, self.rank, self.world = next(dist.rendezvous("env://"))
+        # the store outlives a restart, and in it the addresses of processes that are dead
+        store = dist.PrefixStore("life " + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        backend = "nccl" if self.device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world)
 
 def _own_device(device):
     "The device of this process."
