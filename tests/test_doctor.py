@@ -140,7 +140,7 @@ def test_nothing_is_found_in_a_sound_run(kind):
 
 def test_nothing_is_found_in_a_fine_tuning():
     "On enough conversations, which fit into the context: of few the doctor would say that they repeat."
-    chats = conversations(800, seed=1)
+    chats = conversations(2500, seed=1)
     run = small(seed=6, ctx=256, batch=2)
     tuned = finetune(run.model, TOK, chats, steps=60, batch=4, dtype="float32", compile=False, device="cpu", quiet=True)
     assert [n for n in names(doctor(tuned)) if n != "speed sags"] == []

@@ -107,7 +107,7 @@ MUTANTS = [
     ("training.train", "gen = torch.Generator().manual_seed(seed)", "gen = None", "looking at a sample moves the run's random state"),
     ("training.train", "LargeBatches(tokens, config.ctx, config.batch, config.seed, group.rank, group.world)", "LargeBatches(tokens, config.ctx, config.batch, 0, group.rank, group.world)",
      "the seed of the order is ignored"),
-    ("training.train", "config.optimizer, config.lr, config.weight_decay, config.betas,\n", "config.optimizer, config.lr, 0.1, (0.9, 0.95),\n", "weight decay and betas are ignored"),
+    ("training.train", "how = config.optimizer, config.lr, config.weight_decay, config.betas, self.dtype", "how = config.optimizer, config.lr, 0.1, (0.9, 0.95), self.dtype", "weight decay and betas are ignored"),
     ("training.train", "    self.opt.zero_grad()\n    for i, b in enumerate(parts):", "    for i, b in enumerate(parts):", "gradients pile up"),
     ("training.train", "schedule(progress, config.warmup, config.decay)", "schedule(progress)", "warmup and decay are ignored"),
     ("training.train", "if math.isfinite(loss) and math.isfinite(norm):", "if math.isfinite(loss):", "an infinite gradient is stepped along"),

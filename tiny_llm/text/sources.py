@@ -327,7 +327,7 @@ def _delimiter(path, head, lines):
         head.append(more + "\n")                           # a quoted name has more than one line
     found = [d for d in DELIMITERS if _widths(head, d)[0] > 1]
     if "\t" in found and kind_of(path) == ".tsv": return "\t"
-    if len(found) == 1 or not found and not re.search("[: ]", head[0].strip()): return (found or [_NEVER])[0]
+    if len(found) == 1 or not found and not re.search("[: ]", "".join(head[:1]).strip()): return (found or [_NEVER])[0]
     while len(head) < 20 and sum(map(len, head)) < 2 ** 16 and (more := next(lines, None)) is not None:
         head.append(more + "\n")
     fit = [d for d in found or ": " if len(set(w := _widths(head, d))) == 1 < w[0] and len(w) > 1]

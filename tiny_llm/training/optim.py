@@ -163,7 +163,9 @@ class Averaged:
         if self.means: self._set(self.means)
 
     @torch.no_grad()
-    def _set(self, to): torch._foreach_copy_([*self.weights.values()], [to[name] for name in self.weights])
+    def _set(self, to):
+        for name, w in self.weights.items():
+            w.copy_(to[name])
 
 # %% ../../nbs/3_training/01_optim.ipynb #e4607599
 class Optim:

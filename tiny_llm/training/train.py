@@ -32,8 +32,8 @@ from .folder import fall_back, read_sealed, sweep, write_sealed
 from .run import (ALONE, COMPILE_SECONDS, Clock, Progress, Run, can_compile, choose, compiled,
                                    disk_error, disk_errors, evaluates, layer_entropies, logs, most_memory, notices,
                                    outlook, past_run, peak, png_of, read_metrics, recompute, record, resolved, review,
-                                   run_card, same_run, saves, shares_of, standard_error, stop_requests, update_ratios, waits,
-                                   weights_by_kind)
+                                   run_card, same_run, saves, shares_of, standard_error, stop_requests, update_ratios,
+                                   waits, weights_by_kind)
 
 # %% ../../nbs/3_training/05_train.ipynb #4d569a63
 def loss_of(
@@ -167,19 +167,19 @@ class Training:
         self.place, self.folder = folder, None if group.rank else folder     # only rank 0 writes
         self.val, self.floor, self.clock = val, floor, clock or Clock(steps=1)
         self.step = self.tokens = self.best_step = 0    # steps done; predictions learnt from
-        self.saved_step = self.a_step = None            # of the last checkpoint; seconds of a step, once measured
+        self.saved_step = self.looked_step = self.a_step = None   # of the last save and evaluation; seconds of a step
         self.skipped = self.in_a_row = self.waited = 0  # steps not taken; evaluations since the best one
-        self.stop = self.stopped = self.looked_step = None   # why to stop; why it has; of the last evaluation
+        self.stop = self.stopped = None                 # why to stop; why it has
         self.best, self.scores, self.metrics, self.moved, self.warnings = math.inf, None, [], None, {}
-        self.best_saved, self.whole_file = (math.inf, 0), True     # what best/ holds; metrics.jsonl has all lines
+        self.best_saved, self.whole_file = (math.inf, 0), True   # what best/ holds; metrics.jsonl has all lines
         self.tenth, self.cost, self.looked = 0, 0.0, time.perf_counter()     # of the evaluations, for `evaluates`
         self.callbacks, self.events, self.quiet = [evaluates, logs, waits, notices, saves], [], True
-        self.shares = [] if self.clock.budget or config.repeat else None    # of the run, over before each step
+        self.shares = [] if self.clock.budget or config.repeat else None    # of the run that is over, at each step
         self.batches = LargeBatches(tokens, config.ctx, config.batch, config.seed, group.rank, group.world)
         group.spread(model)
         self.dtype, self.peak = getattr(torch, config.dtype), None
-        self.opt = group.optimizer(make_optimizer(model, config.optimizer, config.lr, config.weight_decay, config.betas,
-                                                  self.dtype, config.ema))
+        how = config.optimizer, config.lr, config.weight_decay, config.betas, self.dtype, config.ema
+        self.opt = group.optimizer(make_optimizer(model, *how))
         self.kinds = {kind: [group.own(w.detach()) for w in ws] for kind, ws in weights_by_kind(model).items()}
         group.read(self.clock)
         self.plain = partial(loss_of, smoothing=config.smoothing) if config.smoothing else loss_of
