@@ -41,7 +41,7 @@ def smaller(words):
     if words == ["pytest"]: return [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_house.py", "-k", "light or settings or resolve"]
     if words == ["jupyter", "lab", "nbs"] and (ROOT/"nbs").is_dir(): return [sys.executable, "-m", "jupyter", "lab", "--version"]
     if words[0] != "tiny_llm" or len(words) < 2: return None
-    more = {"quickstart": ["--minutes", "0.1", *TINY.split()], "chat": ["--max_tokens", "5", "--device", "cpu"], "plot": [], "info": [], "data": [],
+    more = {"quickstart": ["--minutes", "0.1", *TINY.split()], "chat": ["--max_tokens", "5", "--device", "cpu"], "plot": [], "info": [], "data": [], "plan": ["--ctx", "64", "--batch", "2", "--device", "cpu"],
             "generate": ["--max_tokens", "5", "--device", "cpu"], "eval": ["--device", "cpu"], "finetune": [*SMALL[2:], "--steps", "3"],
             "train": [*TRAIN, *(["--minutes", "0.03"] if "--minutes" in words else ["--steps", "10"])]}.get(words[1])
     return None if more is None else [BIN/"tiny_llm", *words[1:], *more]

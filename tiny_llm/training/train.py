@@ -167,8 +167,8 @@ class Training:
         self.place, self.folder = folder, None if group.rank else folder     # only rank 0 writes
         self.val, self.floor, self.clock = val, floor, clock or Clock(steps=1)
         self.step = self.tokens = self.best_step = 0    # steps done; predictions learnt from
-        self.saved_step = self.looked_step = self.a_step = None   # of the last save and evaluation; seconds of a step
         self.skipped = self.in_a_row = self.waited = 0  # steps not taken; evaluations since the best one
+        self.saved_step = self.looked_step = self.a_step = None   # of the last save and evaluation; seconds of a step
         self.stop = self.stopped = None                 # why to stop; why it has
         self.best, self.scores, self.metrics, self.moved, self.warnings = math.inf, None, [], None, {}
         self.best_saved, self.whole_file = (math.inf, 0), True   # what best/ holds; metrics.jsonl has all lines
@@ -184,8 +184,7 @@ class Training:
         group.read(self.clock)
         self.plain = partial(loss_of, smoothing=config.smoothing) if config.smoothing else loss_of
         self.loss = compiled(self.plain) if config.compile else self.plain
-        if config.recompute: recompute(model)
-        self.model.train()
+        recompute(model.train(), config.recompute)
         self.since = dict(loss=0.0, weight=0.0, tokens=0, seconds=0.0)    # the last logged line
         self.log_every = config.log_every or (min(10, max(1, self.clock.steps // 20)) if self.clock.steps else 10)
 
