@@ -245,6 +245,7 @@ def advance(self: Training,
     self.since = {name: value + more.get(name, 0) for name, value in self.since.items()}
     return loss
 
+# %% ../../nbs/3_training/05_train.ipynb #a0f4ae10
 @patch
 def pass_over(self: Training,
     norm: float,   # length of the gradient
