@@ -29,7 +29,7 @@ MUTANTS = [
     ("assistant.generate", "if len(ids) > model.cfg.ctx:", "if len(ids) >= model.cfg.ctx:", "a prompt as long as the context is refused"),
     # 4.02 finetune
     ("assistant.finetune", "pairs, held = hold_out(pairs, seed)", "_, held = hold_out(pairs, seed)", "it trains on what it holds out"),
-    ("assistant.finetune", "train(model, tok, _weighted(pairs, tok, replay), config", "train(model, tok, _weighted(pairs, tok), config", "replay is ignored"),
+    ("assistant.finetune", "return _weighted(pairs, tok, replay), _weighted(held", "return _weighted(pairs, tok), _weighted(held", "replay is ignored"),
     ("assistant.finetune", "keys = [tuple(ids) for ids, _ in pairs]", "keys = list(range(len(pairs)))", "conversations are held out in both parts"),
     ("assistant.finetune", "random.Random(f\"{seed} held out\")", "random.Random(\"held out\")", "the seed of what is held out is ignored"),
     ("assistant.finetune", "fit = [p for p in pairs if len(p[0]) <= ctx]", "fit = [p for p in pairs if len(p[0]) < ctx]", "a conversation as long as the context is left out"),
