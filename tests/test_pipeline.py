@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from house import environment
-from tiny_llm.assistant.pipeline import parse_changes, pipeline, read_stages, steps_of
+from tiny_llm.assistant.pipeline import parse_changes, pipeline, plot_stages, read_stages, stage_rows, steps_of
+from tiny_llm.assistant.finetune import to_learn
 from tiny_llm.basics import UserError, owned
 from tiny_llm.deployment import cli
 from tiny_llm.text.batches import tokenize
+from tiny_llm.text.large_corpora import LargeBatches
 from tiny_llm.text.stories import stories
 from tiny_llm.text.tokenizer import train_tokenizer
 from tiny_llm.training.folder import load
@@ -112,7 +114,11 @@ def test_the_settings_reach_their_runs(desk):
 
 def test_epochs_read_each_row_so_often(desk):
     talk = Run(desk/"whole"/"talk")
-    assert talk.summary["tokens"] >= 4 * sum(Run(desk/"whole"/"talk").made[k] for k in ("documents",)) > 0
+    words, _ = to_learn(str(desk/"talks.jsonl"), load(desk/"whole"/"talk"/"best", "cpu")[1], 96, quiet=True)
+    rows, batches = [0] * (b := LargeBatches(words, 96, 2)).n_rows, talk.summary["step"] * 2
+    for k in range(batches):
+        for row in b.rows(k): rows[row] += 1
+    assert min(rows) == 4 and sum(rows) - 4 * len(rows) < 4, "each row four times, and less than a step besides"
     tokens = tokenize(stories(40, seed=3), train_tokenizer(stories(40), 300))
     assert steps_of(tokens, 96, 2, 1, epochs=2) in (2 * steps_of(tokens, 96, 2, 1, epochs=1) - 1, 2 * steps_of(tokens, 96, 2, 1, epochs=1))
     assert steps_of(tokens, 96, 2, 3, predictions=tokens.n_tokens) == steps_of(tokens, 96, 6, 1, epochs=1)
@@ -128,7 +134,6 @@ def half(desk, tmp_path):
     "A pipeline that was begun and is not finished."
     def stops(event, t):
         if event == "step" and t.step == 2: t.stop = "interrupted"
-    os.chdir(desk)
     with pytest.raises(KeyboardInterrupt, match="stopped at step 2 of stage read"): pipeline("plan.yaml", tmp_path/"half", quiet=True, callbacks=[stops])
     return tmp_path/"half"
 
@@ -148,10 +153,30 @@ def test_other_wishes_and_damaged_records_are_refused(desk, tmp_path, monkeypatc
     record.write_text(whole.replace("0.01", "0.02"))
     refused("pipeline.json is damaged", **go)
     record.write_text(whole)
-    with open(desk/"talks.jsonl", "a") as f: f.write("")
+    (tmp_path/"less.yaml").write_text(PLAN.replace(", lr: 1e-2", ""))
+    refused("stage read: lr is not given, but the pipeline in", tmp_path/"less.yaml", out, resume=True)
     before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
     refused("stage talk: 'gone.jsonl' does not exist", change=dict(talk=dict(data="gone.jsonl")), plan="plan.yaml", out=tmp_path/"new")
     assert not (tmp_path/"new").exists() and before == {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+
+
+def test_patience_ends_a_stage_and_not_the_pipeline(tmp_path):
+    rough = dict(name="a", kind="train", data="stories", limit=30, steps=40, lr=2.0, optimizer="adamw", warmup=0, patience=1, eval_every=1)
+    plan = dict(stages=[rough, dict(name="b", kind="train", data="stories", limit=30, steps=2)], preset="tiny", vocab_size=300, ctx=32, batch=2)
+    a, b = pipeline({**plan, "preset": "tiny"}, tmp_path/"out", quiet=True, device="cpu")
+    assert a.summary["stopped"] == "patience" and a.summary["step"] < 40 and (b.summary["stopped"], b.summary["step"]) == ("finished", 2)
+    assert b.metrics[0]["val"] < max(r["val"] for r in a.metrics if "val" in r), "it begins with the best weights, not the last"
+
+
+def test_the_plot_puts_stages_behind_one_another(desk):
+    runs = [Run(desk/"whole"/s) for s in ("read", "more", "talk")]
+    ends = [sum(r.summary["tokens"] for r in runs[:n]) / 1e6 for n in (1, 2, 3)]
+    ax = plot_stages(runs).axes[0]
+    borders = [l.get_xdata()[0] for l in ax.lines if l.get_linestyle() == ":"]
+    assert borders == ends[:2] and max(max(l.get_xdata()) for l in ax.lines) == ends[2]
+    rows = stage_rows(runs)
+    assert [r["tokens"] for r in rows] == [r.summary["tokens"] for r in runs] and [r["steps"] for r in rows][0] == 16
+    assert [round(r["best_val"], 6) for r in rows] == [round(min(m["val"] for m in r.metrics if "val" in m), 6) for r in runs]
 
 
 def test_one_process_owns_the_folder(desk, tmp_path):

@@ -86,7 +86,7 @@ commands = {}   # word -> function
 SHARED = ("train",)   # commands that several processes may do together, as torchrun starts them
 
 def command(
-    f,   # a function whose arguments all have defaults
+    f,   # a function whose arguments have defaults, but for what stands alone behind the word
 ):       # the function, as it was
     "Let a function be a command: its name is the word, its arguments the options, its docstring and comments the help."
     commands[_word(f)] = f
