@@ -72,7 +72,8 @@ def _stage(given, nth):
         raise UserError(f"{where} has the name {name!r}; give one that can be a folder of its own")
     if kind not in KINDS:
         raise UserError(f"{where} has the kind {kind!r}; choose train or finetune.{did_you_mean(str(kind), KINDS)}")
-    if not nth and kind != "train": raise UserError(f"{where} is the first, so there is no model to finetune; train one")
+    if not nth and kind != "train":
+        raise UserError(f"{where} is the first, so there is no model to finetune; train one")
     if not given.get("data"): raise UserError(f"{where} names no data")
     budgets = [b for b in BUDGETS if b in given]
     if len(budgets) != 1:
@@ -238,12 +239,14 @@ def _take_up(folder, stages, resume):
     "Found a pipeline in a folder, or check that the one in it goes on."
     file, now = folder / "pipeline.json", json.loads(json.dumps([s.given for s in stages]))
     if file.is_file() and not resume:
-        raise UserError(f"{folder} already holds a pipeline; go on with it (--resume), or choose another folder (--out)")
+        raise UserError(f"{folder} already holds a pipeline; go on with it (--resume), "
+                        "or choose another folder (--out)")
     if file.is_file():
         if _summary(folder): raise UserError(f"the pipeline in {folder} is finished; its model is in {folder}/model")
         return _same_plan(read_sealed(file)["stages"], now, folder)
     if taken(folder): raise UserError(f"{folder} holds something else; choose another folder (--out)")
-    if resume and not folder.is_dir(): raise UserError(f"{folder} holds no pipeline to resume; name its folder with --out")
+    if resume and not folder.is_dir():
+        raise UserError(f"{folder} holds no pipeline to resume; name its folder with --out")
     write_sealed(file, dict(stages=now))       # of a folder that is there and empty, a kill may have come first
 
 # %% ../../nbs/4_assistant/07_pipeline.ipynb #ff7b63f1
