@@ -40,6 +40,7 @@ _home = {name: module for module, names in {
     "assistant.generate":       "generate grade_stories stream",
     "assistant.finetune":       "finetune grade_chat",
     "assistant.chat":           "ChatSession chat",
+    "assistant.pipeline":       "pipeline",
 }.items() for name in names.split()}
 __all__ = sorted(_home)
 

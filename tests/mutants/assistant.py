@@ -29,7 +29,7 @@ MUTANTS = [
     ("assistant.generate", "if len(ids) > model.cfg.ctx:", "if len(ids) >= model.cfg.ctx:", "a prompt as long as the context is refused"),
     # 4.02 finetune
     ("assistant.finetune", "pairs, held = hold_out(pairs, seed)", "_, held = hold_out(pairs, seed)", "it trains on what it holds out"),
-    ("assistant.finetune", "train(model, tok, _weighted(pairs, tok, replay), config", "train(model, tok, _weighted(pairs, tok), config", "replay is ignored"),
+    ("assistant.finetune", "return _weighted(pairs, tok, replay), _weighted(held", "return _weighted(pairs, tok), _weighted(held", "replay is ignored"),
     ("assistant.finetune", "keys = [tuple(ids) for ids, _ in pairs]", "keys = list(range(len(pairs)))", "conversations are held out in both parts"),
     ("assistant.finetune", "random.Random(f\"{seed} held out\")", "random.Random(\"held out\")", "the seed of what is held out is ignored"),
     ("assistant.finetune", "fit = [p for p in pairs if len(p[0]) <= ctx]", "fit = [p for p in pairs if len(p[0]) < ctx]", "a conversation as long as the context is left out"),
@@ -66,4 +66,13 @@ MUTANTS = [
     ("assistant.chat", "room = min(self.settings[\"max_tokens\"], ctx // 2)", "room = self.settings[\"max_tokens\"]", "a long reply leaves no room for the past"),
     ("assistant.chat", "if session.forgotten > forgotten: write", "if session.forgotten: write", "the notice is repeated at each message"),
     ("assistant.chat", "\\x0b-\\x1f\\x7f-\\x9f", "\\x0b-\\x1a\\x7f-\\x9f", "escape sequences pass"),
+    # 4.07 pipeline
+    ("assistant.pipeline", "    torch.manual_seed(config.seed)\n    if not n:", "    if not n:", "a stage depends on what ran before it in the same process"),
+    ("assistant.pipeline", "folder / stages[n - 1].name / \"best\", device", "folder / stages[n - 1].name / \"last\", device", "a stage begins with the last weights, not the best"),
+    ("assistant.pipeline", "ENDS = (\"finished\", \"patience\")", "ENDS = (\"finished\",)", "a stage that ended by patience ends the pipeline"),
+    ("assistant.pipeline", "epochs * rows / (batch * accumulate)", "epochs * rows / batch", "accumulated batches are not counted"),
+    ("assistant.pipeline", "for name in {**was, **wish}:", "for name in wish:", "a setting that is left out at a resume is not noticed"),
+    ("assistant.pipeline", "less = BUDGETS if given.keys() & set(BUDGETS) else ()", "less = ()", "a stage has the budget of the file besides its own"),
+    ("assistant.pipeline", "device, stages = Path(out).expanduser(), pick_device(device), read_stages(plan, change)", "device, stages = Path(out).expanduser(), pick_device(device), read_stages(plan)", "the changes are ignored"),
+    ("assistant.pipeline", "        before += run.summary[\"tokens\"]", "        before = run.summary[\"tokens\"]", "the third stage is drawn over the second"),
 ]

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ROLES', 'TALKS', 'ASKS', 'REPLIES', 'CONVERSATIONS', 'as_messages', 'read_conversations', 'chat_tokens', 'hold_out',
-           'finetune', 'held_out_requests', 'grade_chat']
+           'to_learn', 'finetune', 'held_out_requests', 'grade_chat']
 
 # %% ../../nbs/4_assistant/02_finetune.ipynb #daded07e
 import json, random, time
@@ -176,6 +176,30 @@ def hold_out(
     drawn = set(random.Random(f"{seed} held out").sample(learnable, max(1, len(learnable) // 20)))
     return [p for k, p in zip(keys, pairs) if k not in drawn], [unique[k] for k in unique if k in drawn]
 
+# %% ../../nbs/4_assistant/02_finetune.ipynb #0ae15c17
+def to_learn(
+    conversations,     # as in `finetune`
+    tok,               # Tokenizer
+    ctx: int,          # predictions per row
+    val=None,          # as in `finetune`
+    replay=(),         # as in `finetune`
+    limit: int = None, # conversations at most
+    seed: int = 0,     # of what is held out
+    quiet: bool = False,
+) -> tuple:            # (Tokens to train on, Tokens to evaluate on or False)
+    "The two texts of a fine-tuning."
+    named = isinstance(conversations, (str, Path))
+    chats = read_conversations(conversations, "train", limit, seed)
+    if val is None and named: val = read_conversations(conversations, "val", limit and max(1, limit // 20), seed)
+    elif val: val = (isinstance(val, (str, Path)) and read_conversations(val, "val")) or read_conversations(val)
+    if len(chats) < (2 if val is None else 1):
+        raise UserError(f"{len(chats)} conversations are too few; give at least 2, one of them to hold out")
+    pairs, held = _fitting(chats, tok, ctx), _fitting(val, tok, ctx, "held-out conversations", 0) if val else []
+    if val is None or val and not held:      # a source's own may all be too long
+        pairs, held = hold_out(pairs, seed)
+        if not quiet: note(f"{len(pairs):,} conversations to learn from, {len(held):,} held out")
+    return _weighted(pairs, tok, replay), _weighted(held, tok) if held else False
+
 # %% ../../nbs/4_assistant/02_finetune.ipynb #90dbb37f
 @delegates(train, but=["docs", "model", "tok"])
 def finetune(
@@ -196,19 +220,9 @@ def finetune(
     seed = settings.seed if past or kwargs.get("seed") is None else kwargs["seed"]   # the same part at a resume
     limit = kwargs.get("limit") or settings.limit
     wish, ctx = ctx, ctx or settings.ctx or model.cfg.ctx
-    named = isinstance(conversations, (str, Path))
-    chats = read_conversations(conversations, "train", limit, seed)
-    if val is None and named: val = read_conversations(conversations, "val", limit and max(1, limit // 20), seed)
-    elif val: val = (isinstance(val, (str, Path)) and read_conversations(val, "val")) or read_conversations(val)
-    if len(chats) < (2 if val is None else 1):
-        raise UserError(f"{len(chats)} conversations are too few; give at least 2, one of them to hold out")
-    pairs, held = _fitting(chats, tok, ctx), _fitting(val, tok, ctx, "held-out conversations", 0) if val else []
-    if val is None or val and not held:      # a source's own may all be too long
-        pairs, held = hold_out(pairs, seed)
-        if not kwargs.get("quiet"): note(f"{len(pairs):,} conversations to learn from, {len(held):,} held out")
-    held = _weighted(held, tok) if held else False
+    tokens, held = to_learn(conversations, tok, ctx, val, replay, limit, seed, kwargs.get("quiet"))
     ctx = wish if past else ctx           # of a run that goes on `train` compares what was asked for
-    return train(model, tok, _weighted(pairs, tok, replay), config, val=held, ctx=ctx, **kwargs)
+    return train(model, tok, tokens, config, val=held, ctx=ctx, **kwargs)
 
 # %% ../../nbs/4_assistant/02_finetune.ipynb #c86ef16e
 def held_out_requests(

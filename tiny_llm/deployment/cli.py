@@ -6,8 +6,8 @@
 __all__ = ['TEXTS', 'commands', 'SHARED', 'FOLLOW', 'BYTES_ALONE', 'make_parser', 'as_typed', 'parse_options', 'command', 'tell',
            'overview', 'dispatch', 'main', 'try_line', 'colourful', 'line_reader', 'quickstart', 'check_out', 'data',
            'train_rows', 'settings_of', 'tokenizer_for', 'read_text', 'shape_of', 'train', 'plan', 'sampling_options',
-           'generate', 'chat', 'finetune', 'eval_', 'run_folders', 'plot', 'info_rows', 'preset_rows', 'machine_rows',
-           'doctor_rows', 'info']
+           'generate', 'chat', 'finetune', 'pipeline', 'eval_', 'run_folders', 'plot', 'info_rows', 'preset_rows',
+           'machine_rows', 'doctor_rows', 'info']
 
 # %% ../../nbs/5_deployment/05_cli.ipynb #4a764f48
 import gc, io, json, os, re, signal, sys, time, warnings
@@ -86,7 +86,7 @@ commands = {}   # word -> function
 SHARED = ("train",)   # commands that several processes may do together, as torchrun starts them
 
 def command(
-    f,   # a function whose arguments all have defaults
+    f,   # a function whose arguments have defaults, but for what stands alone behind the word
 ):       # the function, as it was
     "Let a function be a command: its name is the word, its arguments the options, its docstring and comments the help."
     commands[_word(f)] = f
@@ -516,6 +516,23 @@ def _judged(net, tok, n, seed, temperature):
         from tiny_llm.assistant.finetune import grade_chat
         chats = grade_chat(net, tok, n=n, seed=seed, max_tokens=min(230, net.cfg.ctx // 2))
     return told, chats
+
+# %% ../../nbs/5_deployment/05_cli.ipynb #ebf15d50
+@command
+def pipeline(
+    plan: str,                    # settings file with a list of stages, YAML or JSON
+    out: str = "runs/pipeline",   # folder to make: a run folder for each stage, the last model in model/
+    change: str = None,           # fields in place of the file's: books.steps=20,code.lr=1e-3
+    device: str = "auto",         # auto, cpu, cuda, mps
+    resume: bool = False,         # go on with the pipeline in out, with the same plan
+):
+    "Train in stages, each with the model of the one before."
+    from tiny_llm.assistant.pipeline import parse_changes, pipeline as run_stages, stage_rows, stage_table
+    from tiny_llm.training.doctor import doctor_callback
+    runs = run_stages(plan, out, change=parse_changes(change), resume=resume, device=device,
+                      callbacks=[doctor_callback])
+    print(f"{stage_table(stage_rows(runs))}\n\n{table([('next', f'tiny_llm chat --model {out}')])}")
+    return runs
 
 # %% ../../nbs/5_deployment/05_cli.ipynb #86817247
 @command
