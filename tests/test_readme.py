@@ -43,6 +43,7 @@ def smaller(words):
     if words[0] != "tiny_llm" or len(words) < 2: return None
     more = {"quickstart": ["--minutes", "0.1", *TINY.split()], "chat": ["--max_tokens", "5", "--device", "cpu"], "plot": [], "info": [], "data": [],
             "generate": ["--max_tokens", "5", "--device", "cpu"], "eval": ["--device", "cpu"], "finetune": [*SMALL[2:], "--steps", "3"],
+            "tune": [*TRAIN, "--trials", "1", "--trial_steps", "5"],
             "train": [*TRAIN, *(["--minutes", "0.03"] if "--minutes" in words else ["--steps", "10"])]}.get(words[1])
     return None if more is None else [BIN/"tiny_llm", *words[1:], *more]
 

@@ -90,7 +90,7 @@ def test_one_process_owns_the_folder(tmp_path):
 
 def test_without_optuna_the_line_names_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "optuna", None)
-    with pytest.raises(UserError, match="pip install 'optuna"): search()
+    with pytest.raises(UserError, match="pip install optuna"): search()
 
 
 def test_settings_of_a_point_cost_the_same():

@@ -593,7 +593,6 @@ def run_folders(
     near = "" if path.exists() else did_you_mean(path.name, beside)
     raise UserError(f"{path} is not a run folder: it has no metrics.jsonl.{near}")
 
-# %% ../../nbs/5_deployment/05_cli.ipynb #195203b5
 @command
 def plot(
     run: str = QUICK,   # run folder

@@ -24,7 +24,7 @@ from .train import train, train_and_val
 # %% ../../nbs/3_training/09_tune.ipynb #7f42f26a
 def _optuna():
     try: import optuna
-    except ImportError: raise UserError("to search for settings: pip install 'optuna>=4'") from None
+    except ImportError: raise UserError("to search for settings: pip install optuna") from None
     optuna.logging.set_verbosity(optuna.logging.WARNING)      # one line of ours for each trial
     return optuna
 
@@ -336,7 +336,7 @@ def check_search(
     setting_names(search)
     if sampler not in SAMPLERS: raise UserError(f"sampler is {sampler!r}; choose one of {', '.join(SAMPLERS)}")
     if resume and not out: raise UserError("resume needs the folder of the search: give out")
-    require_study(out, resume)
+    require_study(out and Path(out).expanduser(), resume)
     _optuna()
 
 # %% ../../nbs/3_training/09_tune.ipynb #ac4182b9
