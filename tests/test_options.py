@@ -132,6 +132,17 @@ def test_plan(watch):
     assert (call["cfg"].d_model, call["cfg"].ctx, call["cfg"].vocab_size) == (64, 32, 300)
 
 
+def test_tune(watch):
+    watch("text.sources", documents=[f"{n} little ducks went swimming one day" for n in range(40)], held_out=["held"])
+    calls = watch("training.tune", tune=SimpleNamespace(rows=lambda: [("best trial", "7")]))
+    assert "best trial" in fine("tune --data d.txt --preset tiny --ctx 32 --vocab_size 300 --batch 3 --seed 6 --device cpu --out r --minutes 2 --trials 9 "
+                                "--trial_steps 11 --trial_minutes 0.5 --search lr --sampler random")
+    call = dict(calls)["tune"]
+    agrees(call, val=["held"], device="cpu", out="r", minutes=2.0, trials=9, trial_steps=11, trial_minutes=0.5, search="lr", sampler="random", seed=6, resume=False)
+    agrees(to_dict(call["config"]), data="d.txt", preset="tiny", ctx=32, vocab_size=300, batch=3, seed=6, minutes=None, steps=None)
+    assert call["began"] > 0 and (call["cfg"].d_model, call["cfg"].ctx) == (64, 32)
+
+
 def test_words_of_the_line():
     assert cli.parse_options(cli.train, ["--no_compile"]) == cli.parse_options(cli.train, ["--no-compile"]) == dict(compile=False)
     assert cli.parse_options(cli.train, ["--compile", "--steps", "3"]) == dict(compile=True, steps=3)

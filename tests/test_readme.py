@@ -41,8 +41,9 @@ def smaller(words):
     if words == ["pytest"]: return [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_house.py", "-k", "light or settings or resolve"]
     if words == ["jupyter", "lab", "nbs"] and (ROOT/"nbs").is_dir(): return [sys.executable, "-m", "jupyter", "lab", "--version"]
     if words[0] != "tiny_llm" or len(words) < 2: return None
-    more = {"quickstart": ["--minutes", "0.1", *TINY.split()], "chat": ["--max_tokens", "5", "--device", "cpu"], "plot": [], "info": [], "data": [], "plan": ["--ctx", "64", "--batch", "2", "--device", "cpu"],
+    more = {"quickstart": ["--minutes", "0.1", *TINY.split()], "chat": ["--max_tokens", "5", "--device", "cpu"], "plot": [], "info": [], "data": [], "pipeline": ["--device", "cpu"], "plan": ["--ctx", "64", "--batch", "2", "--device", "cpu"],
             "generate": ["--max_tokens", "5", "--device", "cpu"], "eval": ["--device", "cpu"], "finetune": [*SMALL[2:], "--steps", "3"],
+            "tune": [*TRAIN, "--trials", "1", "--trial_steps", "5"],
             "train": [*TRAIN, *(["--minutes", "0.03"] if "--minutes" in words else ["--steps", "10"])]}.get(words[1])
     return None if more is None else [BIN/"tiny_llm", *words[1:], *more]
 
@@ -55,6 +56,8 @@ def desk(tmp_path_factory):
     d = tmp_path_factory.mktemp("desk")
     texts = [f"{n} little ducks went swimming one day, over the hills and far away. ROMEO: where did the {n % 7} ducks go?" for n in range(200)]
     (d/"my.txt").write_text("\n<|endoftext|>\n".join(texts))
+    (d/"stages.yaml").write_text("preset: tiny\nvocab_size: 300\nctx: 64\nbatch: 2\nstages:\n"
+                                 "- {name: text, kind: train, data: my.txt, steps: 4}\n- {name: talk, kind: finetune, data: chats.jsonl, steps: 2}\n")
     (d/"my.txt.gz").write_bytes(gzip.compress("\n<|endoftext|>\n".join(texts).encode()))
     (d/"texts").mkdir()
     for i in range(20): (d/"texts"/f"{i}.txt").write_text(" ".join(texts[10*i:10*i+10]))

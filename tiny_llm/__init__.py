@@ -30,6 +30,7 @@ _home = {name: module for module, names in {
     "training.audit":           "audit",
     "training.improvements":    "lr_range_test gradient_noise noise_scale",
     "training.doctor":          "doctor doctor_callback forecast",
+    "training.tune":            "tune",
     "training.optim":           "make_optimizer schedule",
     "training.config":          "TrainConfig",
     "training.run":             "Run",

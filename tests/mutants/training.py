@@ -199,6 +199,15 @@ MUTANTS = [
     ("training.doctor", "likely, off = _power_law(points, np.log([tokens, weights]), y)", "likely, off = _power_law(points, np.log([weights, tokens]), y)", "tokens and weights are mixed up"),
     ("training.doctor", "held = {\"muon\": 4 * matrices + 8 * (n - matrices),", "held = {\"muon\": 8 * n,", "Muon is given AdamW's memory"),
     ("training.doctor", "if fast: a_step *= fast[0][\"seconds\"] / many[\"seconds\"]", "if fast: a_step = fast[0][\"seconds\"]", "a compiled trial of fewer rows is taken for the step"),
+    # 3.09 tune
+    ("training.tune", "        study.enqueue_trial(trial.params, user_attrs={\"again\": trial.number})\n", "", "a trial that was cut is lost"),
+    ("training.tune", "own = seed * 10_007 + over", "own = seed * 10_007", "every trial draws the same numbers"),
+    ("training.tune", "round(steps * usual.batch / found.get(\"batch\", usual.batch))", "steps", "a larger batch reads more"),
+    ("training.tune", "if prune and share < 1 and trial.should_prune():", "if prune and trial.should_prune() is None:", "nothing is given up"),
+    ("training.tune", "return used + max(t.duration.total_seconds() for t in over) <= seconds", "return True", "the minutes do not end"),
+    ("training.tune", "if name in past and past[name] != value:", "if False:", "a search goes on with another text"),
+    ("training.tune", "found[\"lr\"] = factor * BEST_LR[optimizer]", "found[\"lr\"] = factor * BEST_LR[usual.optimizer]", "Lion gets Muon's rate"),
+    ("training.tune", "        if all(w.isfinite().all() for w in model.parameters()): raise\n", "        raise\n", "a run without numbers ends the search"),
     # 3.10 scale
     ("training.scale", "kinds = [part.chunk(n) for part in w.split(sizes)]", "kinds = [w.chunk(n)]", "rows are cut without being put in order"),
     ("training.scale", "p.register_hook(lambda g: _summed(g, mesh))", "pass", "gains of normed queries keep the gradient of their own heads"),

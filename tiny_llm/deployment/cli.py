@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['TEXTS', 'commands', 'SHARED', 'FOLLOW', 'BYTES_ALONE', 'make_parser', 'as_typed', 'parse_options', 'command', 'tell',
            'overview', 'dispatch', 'main', 'try_line', 'colourful', 'line_reader', 'quickstart', 'check_out', 'data',
-           'train_rows', 'settings_of', 'tokenizer_for', 'read_text', 'shape_of', 'train', 'plan', 'sampling_options',
-           'generate', 'chat', 'finetune', 'pipeline', 'eval_', 'run_folders', 'plot', 'info_rows', 'preset_rows',
-           'machine_rows', 'doctor_rows', 'info']
+           'train_rows', 'settings_of', 'tokenizer_for', 'read_text', 'shape_of', 'train', 'plan', 'tune',
+           'sampling_options', 'generate', 'chat', 'finetune', 'pipeline', 'eval_', 'run_folders', 'plot', 'info_rows',
+           'preset_rows', 'machine_rows', 'doctor_rows', 'info']
 
 # %% ../../nbs/5_deployment/05_cli.ipynb #4a764f48
 import gc, io, json, os, re, signal, sys, time, warnings
@@ -20,7 +20,8 @@ from pathlib import Path
 from fastcore.meta import delegates
 
 from ..basics import UserError, did_you_mean, note, owned, pick_device, single_process, write_file
-from ..training.config import TrainConfig, changed, config_of, read_config, split_record, takes_settings
+from ..training.config import (FREE, TrainConfig, changed, check_number, config_of, read_config, requested,
+                                      resumed, split_record, takes_settings)
 from .quickstart import QUICK, clock, finished, judged_rows, loss_rows, open_model, table, vocabulary
 
 # %% ../../nbs/5_deployment/05_cli.ipynb #0bc6496c
@@ -369,7 +370,6 @@ def train(
 def _train(asked, made, config, given, out, device, resume, began, group):
     import torch
     from dataclasses import asdict
-    from tiny_llm.training.config import FREE, requested, resumed
     from tiny_llm.training.doctor import doctor_callback
     from tiny_llm.training.folder import fall_back
     from tiny_llm.training.run import past_run
@@ -404,13 +404,39 @@ def plan(
     **kwargs,                 # settings of `TrainConfig`
 ):
     "Memory, seconds per step and expected loss of a training on this machine, measured in seconds."
-    from tiny_llm.training.config import check_number
     from tiny_llm.training.doctor import forecast
     check_number("seconds", seconds, whole=False)
     asked, _ = settings_of(config, kwargs, "plan")
     cfg, name = shape_of(asked, pick_device(device), asked.vocab_size)
     ahead = forecast(cfg, asked, device, seconds, past.split(",") if past else ())
     print(table([("model", name or "of the settings file"), *ahead.rows()]))
+
+# %% ../../nbs/5_deployment/05_cli.ipynb #b86b979d
+@command
+@takes_settings(but=["model", "betas", "steps", "repeat", "overfit_one_batch"])
+def tune(
+    out: str = "runs/tune",       # folder to make: study.db, best.yaml, tune.png
+    config: str = None,           # settings file to begin with, JSON or YAML; options on the line win
+    minutes: float = None,        # of the whole search; left out, and no trials: 5
+    trials: int = None,           # in all, those given up included
+    trial_steps: int = 200,       # of a trial with the usual batch
+    trial_minutes: float = None,  # of a trial, instead of steps
+    search: str = "lr,weight_decay,warmup,batch,optimizer",   # settings; also: decay, clip
+    sampler: str = "tpe",         # tpe or random
+    device: str = "auto",         # auto, cpu, cuda, mps
+    resume: bool = False,         # go on with the search in out
+    **kwargs,                     # settings of `TrainConfig`: the base, which is the first trial
+):
+    "Search for settings by short trainings; best.yaml is for train --config."
+    how = {n: v for n, v in locals().items() if n not in ("config", "kwargs")} | dict(began=time.perf_counter())
+    from tiny_llm.training.tune import check_search, tune as search_for
+    asked, _ = settings_of(config, kwargs, "tune")
+    check_search(**how)                                 # complains before the text is read
+    base = changed(asked, preset=None if asked.model else asked.preset or "quick", data=asked.data or "stories")
+    shape_of(base, pick_device(device), asked.vocab_size)
+    tok, tokens, val = read_text(base, None)
+    found = search_for(shape_of(base, device, len(tok))[0], tok, tokens, base, val=val, seed=asked.seed, **how)
+    print(table([*found.rows(), ("settings file", Path(out).expanduser() / "best.yaml")]))
 
 # %% ../../nbs/5_deployment/05_cli.ipynb #ff04d8ea
 def sampling_options(
@@ -474,7 +500,6 @@ def finetune(
     began, out = time.perf_counter(), Path(out).expanduser()
     from tiny_llm.assistant.finetune import finetune as fit, read_conversations
     from tiny_llm.training.doctor import doctor_callback
-    from tiny_llm.training.config import requested, resumed
     from tiny_llm.training.folder import fall_back
     from tiny_llm.training.run import past_run
     config = config_of(config, kwargs.get("repeat"))
@@ -585,7 +610,6 @@ def run_folders(
     near = "" if path.exists() else did_you_mean(path.name, beside)
     raise UserError(f"{path} is not a run folder: it has no metrics.jsonl.{near}")
 
-# %% ../../nbs/5_deployment/05_cli.ipynb #195203b5
 @command
 def plot(
     run: str = QUICK,   # run folder
