@@ -105,8 +105,9 @@ def test_command(words, desk, clone):
     p = subprocess.run([str(w) for w in line], cwd=desk if words[0] == "tiny_llm" else clone, input="Hello!\n/exit\n", capture_output=True, text=True, encoding="utf-8", timeout=300,
                        env=environment(TINY_LLM_DATA=str(desk/"data")))
     assert p.returncode == 0, p.stdout[-4000:] + p.stderr[-4000:]
-    made = {"tune": "best.yaml", "pipeline": "model/model.safetensors"}.get(words[1], "best/model.safetensors")
-    if words[0] == "tiny_llm" and "--out" in words: assert (desk/words[words.index("--out")+1]/made).is_file()
+    if words[0] == "tiny_llm" and "--out" in words:
+        made = {"tune": "best.yaml", "pipeline": "model/model.safetensors"}.get(words[1], "best/model.safetensors")
+        assert (desk/words[words.index("--out")+1]/made).is_file()
 
 
 @pytest.mark.parametrize("code", fences("python"), ids=lambda c: c.splitlines()[0][:30])
