@@ -75,7 +75,7 @@ def clear(self: ChatSession):
     "Stop, and forget everything but the system message."
     self.stop()
     self.turns: list[dict] = []   # what was said, also what the model no longer sees
-    self.said: list[dict] = []    # every message that there was, on other branches too, in the order of their making
+    self.said: list[dict] = []    # every message that there was, on other branches too, the oldest first
     self.lines: list[list] = []   # the conversations that were left, as lists of such messages
     self.forgotten = 0            # how many of the oldest turns the model no longer sees
     self.last = None              # the Stream of the last reply: .ids, .reason, .seconds
@@ -195,7 +195,8 @@ def save(self: ChatSession,
 ) -> Path:
     "Write the conversation with its branches as JSON."
     def numbers(line): return [next(i for i, m in enumerate(self.said) if m is turn) for turn in line]
-    held = dict(messages=self.messages, said=self.said, lines=[numbers(x) for x in self.lines], line=numbers(self.turns))
+    lines = [numbers(x) for x in self.lines]
+    held = dict(messages=self.messages, said=self.said, lines=lines, line=numbers(self.turns))
     try: return write_file(Path(path).expanduser(), json.dumps([held], ensure_ascii=False, indent=1) + "\n")
     except OSError as e: raise UserError(f"{path} cannot be written ({e.strerror})") from None
 
@@ -212,12 +213,13 @@ def _checked(path, said, lines):
     "UserError unless these are messages, and lists of their numbers in which person and model take turns."
     for n, m in enumerate(said):
         fine = isinstance(m, dict) and m.get("role") in ("user", "assistant") and isinstance(m.get("content"), str)
-        if not fine: raise UserError(f"{path}: message {n} is {m!r:.60}; it needs a role, user or assistant, and a content")
+        if not fine: raise UserError(f"{path}: message {n} is {m!r:.60}; give a role, user or assistant, and a content")
     for line in lines:
         whole = isinstance(line, list) and all(type(i) is int and 0 <= i < len(said) for i in line)
         if not whole or [said[i]["role"] for i in line] != ["user", "assistant"] * (len(line) // 2):
             raise UserError(f"{path}: this is no conversation in which user and assistant take turns")
 
+# %% ../../nbs/4_assistant/06_chat.ipynb #48cb65b4
 @patch
 def open(self: ChatSession,
     path,      # file that `save` wrote, or JSON with `messages`
@@ -242,7 +244,8 @@ def switch(self: ChatSession,
     tok,       # its Tokenizer
 ):
     "Let another model go on; what was said and the settings stay."
-    ChatSession(model, tok, self.system[0]["content"] if self.system else None, self.seed, **self.settings)   # may refuse
+    system = self.system[0]["content"] if self.system else None
+    ChatSession(model, tok, system, self.seed, **self.settings)       # it may refuse
     self.stop()
     self.model, self.tok, self.forgotten = model, tok, 0
 
@@ -304,6 +307,7 @@ ACTIONS = dict(undo=lambda session, _: f"Taken back: {session.undo()}", system=_
                regenerate=lambda session, _: "".join(session.regenerate()), model=_other_model, open=_opened,
                save=lambda session, value: f"The conversation is in {session.save(value)}.")
 
+# %% ../../nbs/4_assistant/06_chat.ipynb #4948140e
 def run_command(
     session: ChatSession,
     line: str,     # begins with a slash
