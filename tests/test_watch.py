@@ -338,7 +338,7 @@ def from_tensorboard(out):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     events = EventAccumulator(str(out/"tensorboard"), size_guidance=dict(scalars=0, tensors=0))
     events.Reload()
-    found = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    found = {tag: sorted((e.step, e.value) for e in events.Scalars(tag)) for tag in events.Tags()["scalars"]}    # files of one second lie in any order
     texts = {tag: [e.tensor_proto.string_val[0].decode() for e in events.Tensors(tag)] for tag in events.Tags()["tensors"]}
     rows = {tag: points for tag, points in found.items() if not tag.startswith("summary/")}
     return rows, {tag: points for tag, points in found.items() if tag not in rows}, texts

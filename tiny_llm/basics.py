@@ -54,7 +54,7 @@ class _Signs:
             one.began = self.clock()
             self.open.append(one)
             if len(self.open) > 1: return
-            if one.began - self.left > 0.2: self.last = one.began      # else the silence from before goes on
+            if one.began - self.left > 0.5: self.last = one.began      # else the silence from before goes on
             self.due = self.last + 0.2
             if self.thread: return
             self.thread = threading.Thread(target=self.watch, daemon=True)
@@ -134,30 +134,30 @@ class alive:
         self.n += n
         if _signs.clock() >= _signs.due: _signs.sign()
 
-    def each(self, items):
-        "The items, counted as they pass."
+    def each(self, items, size=None):
+        "The items, counted as they pass: as one, or as what `size` of them gives."
         with self:
             for item in items:
                 yield item
-                self()
+                self(size(item) if size else 1)
 
     def at(self, share, text=None, ends=None):
         "This share is done, 0 to 1; where `ends` is given, what is inside leads from here to there."
-        self.place, self.ends, self.text = share, ends, self.text if text is None else text
+        self.place, self.ends, self.text = share, ends, text or self.text     # the text may be a function of nothing
         if _signs.clock() >= _signs.due: _signs.sign()
 
 # %% ../nbs/01_basics.ipynb #d22bc0c7
 def _words(self):
-    if not self.n and not self.total: return self.text
-    return f"{self.text}: {self.n:,}{f' of {self.total:,}' if self.total else ''} {self.unit}".rstrip()
+    text = self.text() if callable(self.text) else self.text
+    if not self.n and not self.total: return text
+    return f"{text}: {self.n:,}{f' of {self.total:,}' if self.total else ''} {self.unit}".rstrip()
 
 def _share(self, inside):
     "0 to 1, or None; `inside` are those that are open in it."
-    if self.ends is not None:
-        part = inside and inside[0].share(inside[1:]) or 0
-        return self.place + (self.ends - self.place) * part
+    inner = inside[0].share(inside[1:]) if inside else None
+    if self.ends is not None: return self.place + (self.ends - self.place) * (inner or 0)
     if self.place is not None: return self.place
-    return min(1.0, self.n / self.total) if self.total else None
+    return min(1.0, self.n / self.total) if self.total else inner
 
 alive.words, alive.share = _words, _share
 
@@ -410,7 +410,8 @@ def pick_device(
     device="auto",  # "auto", "cpu", "cuda", "cuda:1", "mps", or a torch.device
 ):                  # torch.device
     "The device asked for, or the fastest one here."
-    import torch
+    with alive("loading PyTorch"):
+        import torch
     here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if device in (None, "auto"): return torch.device(next(name for name, there in here.items() if there))
     kind = str(device).split(":")[0]

@@ -4,17 +4,18 @@
 
 # %% auto #0
 __all__ = ['TRACKERS', 'ENDS', 'Pace', 'thin', 'smooth', 'best_age', 'best_beta', 'newest', 'draw_live', 'LivePlot', 'flat',
-           'numbers', 'untold', 'Tracker', 'TensorBoard', 'WandB', 'MLflow', 'tracker']
+           'numbers', 'untold', 'Tracker', 'TensorBoard', 'WandB', 'MLflow', 'tracker', 'watchers']
 
 # %% ../../nbs/3_training/15_watch.ipynb #c6ee3007
 import json, logging, math, os, secrets, sys, time
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 
 from ..basics import COLORS, UserError, did_you_mean, figure, note, read_json, write_file
 from .config import to_dict
-from .doctor import spread_of
+from .doctor import doctor_callback, spread_of
 from .run import png_of, shortened
 
 # %% ../../nbs/3_training/15_watch.ipynb #a6c43eab
@@ -144,7 +145,7 @@ def draw_live(
     for ax, name in zip(axes.flat, names):
         ax.set(xlabel="step", ylabel=name)
     for ax in (norm, ratio):
-        if ax.lines: ax.set_yscale("log")
+        if any(max(line.get_ydata(), default=0) > 0 for line in ax.lines): ax.set_yscale("log")
     fig.suptitle(newest(metrics), fontsize=9)
     return fig
 
@@ -215,7 +216,7 @@ def untold(
     return [(key, row) for key, row in found if last is None or key > tuple(last)]
 
 # %% ../../nbs/3_training/15_watch.ipynb #ffac15ad
-TRACKERS = {}   # name: a class with open(name, folder, settings, id), row(row), close(summary), perhaps settles (seconds)
+TRACKERS = {}   # name: a class with open(name, folder, settings, id), row(row) and close(summary)
 
 class Tracker:
     "A callback that tells another program of the run."
@@ -267,10 +268,14 @@ def _import(name, extra):
     "A module, or a UserError that says how to get it."
     from importlib import import_module
     try: return import_module(name)
-    except ImportError: raise UserError(f"to track with {extra}: pip install 'tiny_llm[{extra}]'") from None
+    except ImportError: raise UserError(_get(extra)) from None
+
+def _get(extra): return f"to track with {extra}: pip install 'tiny_llm[{extra}]'"
 
 class TensorBoard:
     "Event files in the run folder."
+    needs = "tensorboard"
+
     def open(self, name, folder, settings, id):
         writer = _import("torch.utils.tensorboard", "tensorboard").SummaryWriter
         if folder is None: raise UserError("tensorboard reads from the run folder, and there is none; give out")
@@ -299,6 +304,7 @@ TRACKERS["tensorboard"] = TensorBoard
 # %% ../../nbs/3_training/15_watch.ipynb #8e32eeef
 class WandB:
     "A run of Weights & Biases."
+    needs = "wandb"
     settles = 5.0     # seconds; its file is written every second
 
     def open(self, name, folder, settings, id):
@@ -328,6 +334,8 @@ ENDS = dict(finished="FINISHED", patience="FINISHED", diverged="FAILED")   # of 
 
 class MLflow:
     "A run in the experiment tiny_llm of MLflow."
+    needs = "mlflow"
+
     def open(self, name, folder, settings, id):
         mlflow, beside = _import("mlflow", "mlflow"), (folder.resolve().parent if folder else Path.cwd())
         for noisy in ("mlflow", "alembic"):
@@ -367,4 +375,12 @@ def tracker(
     for name in found:
         if name not in TRACKERS:
             raise UserError(f"there is no tracker {name!r}; use {', '.join(TRACKERS)}.{did_you_mean(name, TRACKERS)}")
+        needs = getattr(TRACKERS[name], "needs", None)      # a module
+        if needs and find_spec(needs) is None: raise UserError(_get(name))
     return [Tracker(name) for name in found]
+
+def watchers(
+    track=None,   # as for `tracker`; None: nobody else is told
+) -> list:        # of callbacks for `train`
+    "What the commands let look on: the doctor, who speaks at the end, and other programs."
+    return [doctor_callback, *tracker(track)]
