@@ -54,7 +54,7 @@ class _Signs:
             one.began = self.clock()
             self.open.append(one)
             if len(self.open) > 1: return
-            if one.began - self.left > 0.5: self.last = one.began      # else the silence from before goes on
+            if one.began - self.left > PAUSE: self.last = one.began      # else the silence from before goes on
             self.due = self.last + 0.2
             if self.thread: return
             self.thread = threading.Thread(target=self.watch, daemon=True)

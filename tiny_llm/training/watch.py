@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
+from fastcore.basics import patch
 
 from ..basics import COLORS, UserError, did_you_mean, figure, note, read_json, write_file
 from .config import to_dict
@@ -92,7 +93,8 @@ def newest(
     def last(name): return next((r[name] for r in reversed(metrics) if r.get(name) is not None), None)
     val, bits, share, memory = (last(n) for n in ("val", "val_bits_per_byte", "peak_share", "memory"))
     said = [f"step {last('step') or 0:,}", last("loss") and f"loss {last('loss'):.3f}",
-            val and f"validation {val:.3f} (perplexity {math.exp(min(val, 99)):.2f})", bits and f"{bits:.3f} bits per byte",
+            val and f"validation {val:.3f} (perplexity {math.exp(min(val, 99)):.2f})",
+            bits and f"{bits:.3f} bits per byte",
             last("tokens_per_s") and f"{last('tokens_per_s'):,} tokens/s", share and f"{share:.1%} of the peak",
             memory and f"{memory / 1e9:.2f} GB"]
     return ", ".join(filter(None, said))
@@ -129,7 +131,7 @@ def draw_live(
 ):                 # matplotlib figure
     "The state of a run in six panels."
     fig, axes = figure(2, 3, width=10, height=4.6)
-    fig.set_layout_engine(None)          # to fit the margins costs as much as to draw
+    fig.set_layout_engine(None)
     fig.subplots_adjust(0.06, 0.1, 0.99, 0.92, 0.33, 0.32)
     loss, rate, norm, ratio, speed, bits = axes.flat
     _loss_panel(loss, metrics, floor)
@@ -158,7 +160,7 @@ class LivePlot:
     ):
         self.pace, self.file, self.image, self.png = Pace(share), file and Path(file).expanduser(), None, b""
         if not file and "ipykernel" not in sys.modules:
-            raise UserError("LivePlot shows itself in a notebook; elsewhere give a file, as in LivePlot(file='run.png')")
+            raise UserError("LivePlot shows itself in a notebook; elsewhere give a file: LivePlot(file='run.png')")
 
     def __call__(self, event, t):
         if t.group.rank: return          # of several processes the first one draws
@@ -181,8 +183,8 @@ class LivePlot:
 
     def _repr_png_(self): return self.png or None
 
-_DOT = bytes.fromhex("89504e470d0a1a0a0000000d49484452000000010000000108060000001f15c4890000000d49444154789c63f8ffff3f0005fe02fe"
-                     "0def46b80000000049454e44ae426082")   # a white pixel, until there is something to see
+_DOT = bytes.fromhex("89504e470d0a1a0a0000000d49484452000000010000000108060000001f15c4890000000d494441"
+                     "54789c63f8ffff3f0005fe02fe0def46b80000000049454e44ae426082")   # a white pixel, to begin with
 
 # %% ../../nbs/3_training/15_watch.ipynb #2250695d
 def flat(
@@ -235,31 +237,36 @@ class Tracker:
             if event == "end": self.other.close(t.summary_of_end)
             self.keep(t, event == "end")
         except Exception as e:
-            t.warn(f"tracker {self.kind}", f"{self.kind} could not be told ({shortened(e)}); the run goes on without it")
+            said = f"{self.kind} could not be told ({shortened(e)}); the run goes on without it"
+            t.warn(f"tracker {self.kind}", said)
 
-    def begin(self, t):
-        "Open the record of the run: the one that it has, if it is resumed."
-        known = read_json(_kept(t)).get(self.kind, {}) if t.folder and _kept(t).exists() else {}
-        self.id, self.last = known.get("id"), known.get("last")
-        self.safe, self.recent = self.last, []
-        other, name = TRACKERS[self.kind](), t.folder.resolve().name if t.folder else "tiny_llm"
-        self.id = other.open(name, t.folder, to_dict(t.config), self.id)
-        self.other = other
-        self.keep(t)
+# %% ../../nbs/3_training/15_watch.ipynb #a9f5c053
+@patch
+def begin(self: Tracker, t):
+    "Open the record of the run: the one that it has, if it is resumed."
+    known = read_json(_kept(t)).get(self.kind, {}) if t.folder and _kept(t).exists() else {}
+    self.id, self.last = known.get("id"), known.get("last")
+    self.safe, self.recent = self.last, []
+    other, name = TRACKERS[self.kind](), t.folder.resolve().name if t.folder else "tiny_llm"
+    self.id = other.open(name, t.folder, to_dict(t.config), self.id)
+    self.other = other
+    self.keep(t)
 
-    def tell(self, t):
-        for key, row in untold(t.metrics, self.last):
-            self.other.row(row)
-            self.last = key
-            self.recent.append((time.monotonic(), key))
+@patch
+def tell(self: Tracker, t):
+    for key, row in untold(t.metrics, self.last):
+        self.other.row(row)
+        self.last = key
+        self.recent.append((time.monotonic(), key))
 
-    def keep(self, t, over=False):
-        if not t.folder: return
-        written = time.monotonic() - (0 if over else getattr(self.other, "settles", 0))
-        while self.recent and self.recent[0][0] <= written:
-            self.safe = self.recent.pop(0)[1]
-        known = read_json(_kept(t)) if _kept(t).exists() else {}
-        write_file(_kept(t), json.dumps(known | {self.kind: dict(id=self.id, last=self.safe)}))
+@patch
+def keep(self: Tracker, t, over=False):
+    if not t.folder: return
+    written = time.monotonic() - (0 if over else getattr(self.other, "settles", 0))
+    while self.recent and self.recent[0][0] <= written:
+        self.safe = self.recent.pop(0)[1]
+    known = read_json(_kept(t)) if _kept(t).exists() else {}
+    write_file(_kept(t), json.dumps(known | {self.kind: dict(id=self.id, last=self.safe)}))
 
 def _kept(t): return t.folder / "tracker.json"
 
@@ -310,7 +317,8 @@ class WandB:
     def open(self, name, folder, settings, id):
         wandb = _import("wandb", "wandb")
         if wandb.run and wandb.run.id == id: wandb.run.finish()       # left open by an error in this process
-        id, quiet = id or secrets.token_hex(4), wandb.Settings(console="off", silent=True, x_transaction_log_flush_interval=1)
+        id = id or secrets.token_hex(4)
+        quiet = wandb.Settings(console="off", silent=True, x_transaction_log_flush_interval=1)
         where = dict(dir=str(folder)) if folder else {}
         try: self.run = wandb.init(project="tiny_llm", name=name, id=id, resume="allow", settings=quiet, **where)
         except wandb.errors.Error as e:
