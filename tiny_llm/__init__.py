@@ -38,6 +38,7 @@ _home = {name: module for module, names in {
     "training.evaluate":        "gap_by_kind",
     "training.plan":            "forecast plan",
     "training.scale":           "Group on_paper tensor_parallel",
+    "training.watch":           "LivePlot tracker",
     "training.benchmarks":      "benchmark blimp lambada paired text_loss",
     "assistant.generate":       "generate grade_stories stream",
     "assistant.finetune":       "finetune grade_chat",

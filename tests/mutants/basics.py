@@ -10,4 +10,11 @@ MUTANTS = [
     ("basics", "n=1)\n    return f\" Did you mean", "n=1, cutoff=0)\n    return f\" Did you mean", "any name is suggested, however far"),
     ("basics", "if not right:\n            raise AssertionError", "if right is None:\n            raise AssertionError", "exercise accepts a wrong solution"),
     ("basics", "if not slow_time(code) or os.environ.get(\"SLOW\") == \"1\": return lines", "if not slow_time(code): return lines", "SLOW=1 does not run slow cells"),
+    ("basics", "PAUSE = 1.6", "PAUSE = 2.6", "more than two seconds of silence"),
+    ("basics", "        if _signs.clock() >= _signs.due: _signs.sign()\n\n    def each", "\n    def each", "what counts gives no sign"),
+    ("basics", "if one.began - self.left > PAUSE: self.last = one.began", "self.last = one.began", "a chain of short tasks is silent"),
+    ("basics", "takewhile(lambda one: not one.quiet, self.open)", "filter(lambda one: not one.quiet, self.open)", "what is inside a quiet task speaks"),
+    ("basics", "            self.open.remove(one)\n", "            self.open.pop()\n", "a generator that ends closes another task"),
+    ("basics", "return self.place + (self.ends - self.place) * (inner or 0)", "return self.place", "the bar stands still during a phase"),
+    ("basics", "while not pause.wait(0.2):", "while not pause.wait(200):", "one long call is silent"),
 ]

@@ -56,7 +56,7 @@ MUTANTS = [
     ("text.sources", "return _split(train, split, missing) if missing else train", "return train", "a missing split holds training documents"),
     ("text.sources", "len(doc.encode(\"utf-8\", \"replace\")) / weights[name]", "len(doc.encode(\"utf-8\", \"replace\")) * weights[name]", "the weights of a mixture are upside down"),
     ("text.sources", "given, last, left = given + 1, row, list(pauses)", "given, last = given + 1, row", "tries are counted over the whole stream"),
-    ("text.sources", "found = list(islice(_find(source, \"val\", limit, seed, column), limit))", "found = list(islice(_find(source, \"val\", limit, 0, column), limit))", "the seed does not reach what is held out"),
+    ("text.sources", "islice(_find(source, \"val\", limit, seed, column), limit)", "islice(_find(source, \"val\", limit, 0, column), limit)", "the seed does not reach what is held out"),
     ("text.cleaning", "if key in hashes: return \"exact duplicate\"", "if key in hashes and len(doc) > 100: return \"exact duplicate\"", "short duplicates stay"),
     ("text.cleaning", "    hashes.add(key)", "    hashes = {key}", "exact duplicates are not remembered"),
     ("text.cleaning", "out.append(alike if alike >= self.near else None)", "out.append(alike if alike > 1 else None)", "near duplicates stay"),

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from fastcore.meta import delegates
 
-from ..basics import UserError, note
+from ..basics import UserError, alive, note
 from ..text.batches import Tokens, tokenize
 from ..text.sources import read_rows
 from .generate import generate_batch, wilson
@@ -136,7 +136,7 @@ def read_conversations(
 def _fitting(chats, tok, ctx, kind="conversations", least=1):
     "(ids, weights) of the conversations that have at most `ctx` tokens; UserError if they are fewer than `least`."
     pairs = []
-    for n, c in enumerate(chats, 1):
+    for n, c in enumerate(alive("reading", len(chats), kind).each(chats), 1):
         try: pairs.append(tok.chat(c))
         except UserError as e: raise UserError(f"conversation {n}: {e}") from None
     fit = [p for p in pairs if len(p[0]) <= ctx]
@@ -260,7 +260,7 @@ def grade_chat(
     made = generate_batch(model, tok, prompts, max_tokens, temperature, seed=seed, stop=[tok.end], top_k=0,
                           top_p=1.0)        # the model as it is, whatever its folder recommends
     seconds, kinds, right, examples = time.perf_counter() - start, Counter(), Counter(), []
-    for messages, ids in zip(cuts, made):
+    for messages, ids in alive("judging", len(cuts), "replies").each(zip(cuts, made)):
         reply = tok.decode([i for i in ids if i not in (tok.end, tok.eos)], special=False)
         kinds[kind := asked_for(messages[-1]["content"])] += 1
         if fulfilled(messages, reply): right[kind] += 1

@@ -16,7 +16,7 @@ import torch
 from fastcore.basics import patch
 from fastcore.meta import delegates
 
-from ..basics import UserError, did_you_mean
+from ..basics import UserError, alive, did_you_mean
 
 # %% ../../nbs/4_assistant/01_generate.ipynb #bf10a9ea
 def _require_finite(highest):
@@ -266,7 +266,7 @@ def generate(
 
 # %% ../../nbs/4_assistant/01_generate.ipynb #b3c09881
 @torch.no_grad()
-def _write_rows(model, prompts, u, stop, nameless, options):
+def _write_rows(model, prompts, u, stop, nameless, options, count):
     "The new ids of all prompts, made together by equation (4.01.10) from random numbers `u` (B, max_tokens)."
     n = torch.tensor([len(p) for p in prompts], device=u.device)
     width = min(int(n.max()) + u.shape[1], model.cfg.ctx + 1)
@@ -275,7 +275,7 @@ def _write_rows(model, prompts, u, stop, nameless, options):
         row[:len(ids)] = torch.tensor(ids, device=u.device)
     end = (n + u.shape[1]).clamp(max=width)            # where each text ends at the latest
     rows = torch.arange(len(n), device=u.device)       # the rows that are still in the batch
-    cache, t = model.cache(len(n), width - 1), int(n.min())
+    cache, t, left = model.cache(len(n), width - 1), int(n.min()), len(n)
     while len(rows):
         logits = _logits(model, text[rows, cache.length:t], cache, nameless)
         k = t - n[rows]                     # tokens of its own that a row has; negative: its prompt goes on
@@ -286,7 +286,9 @@ def _write_rows(model, prompts, u, stop, nameless, options):
         t += 1
         end[rows[ended]] = t
         live = end[rows] > t
-        if live.sum() <= 0.75 * len(rows):  # taking rows out copies the cache: only when it pays
+        count(left - int(live.sum()))
+        left = int(live.sum())
+        if left <= 0.75 * len(rows):  # taking rows out copies the cache: only when it pays
             rows, cache.k, cache.v = rows[live], cache.k[:, live], cache.v[:, live]
     return [row[a:b] for row, a, b in zip(text.tolist(), n.tolist(), end.tolist())]
 
@@ -313,12 +315,13 @@ def generate_batch(
                       for found in (_stop_ids(tok, stop), tok.nameless(model.cfg.vocab_size)))
     max_tokens = min(options.pop("max_tokens"), model.cfg.ctx)
     order, out = sorted(range(len(ids)), key=lambda i: len(ids[i])), [None] * len(ids)
-    for at in range(0, len(ids), batch):
-        some = order[at : at + batch]
-        u = torch.stack([torch.rand(max_tokens, generator=_random_source(seed, i)) for i in some]).to(device)
-        new_ids = _write_rows(model, [ids[i] for i in some], u, ends, nameless, options)
-        for i, new in zip(some, new_ids):
-            out[i] = new
+    with alive("writing", len(ids), "texts") as count:
+        for at in range(0, len(ids), batch):
+            some = order[at : at + batch]
+            u = torch.stack([torch.rand(max_tokens, generator=_random_source(seed, i)) for i in some]).to(device)
+            new_ids = _write_rows(model, [ids[i] for i in some], u, ends, nameless, options, count)
+            for i, new in zip(some, new_ids):
+                out[i] = new
     return out
 
 # %% ../../nbs/4_assistant/01_generate.ipynb #ac8623c1
@@ -362,7 +365,7 @@ def grade_stories(
     made = generate_batch(model, tok, [[tok.bos]] * n, longest, temperature, seed=seed, batch=batch, top_k=0,
                           top_p=1.0)        # the model as it is, whatever its folder recommends
     seconds, kinds, examples = time.perf_counter() - start, Counter(), []
-    for ids in made:
+    for ids in alive("judging", n, "stories").each(made):
         story = _judged(tok, ids)
         if not kinds[story["kind"]]: examples.append(story)
         kinds[story["kind"]] += 1

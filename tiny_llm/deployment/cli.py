@@ -19,7 +19,7 @@ from pathlib import Path
 
 from fastcore.meta import delegates
 
-from ..basics import UserError, did_you_mean, note, owned, pick_device, single_process, write_file
+from ..basics import UserError, alive, did_you_mean, note, owned, pick_device, single_process, write_file
 from ..training.config import (FREE, TrainConfig, changed, check_number, config_of, read_config, requested,
                                       resumed, split_record, takes_settings)
 from .quickstart import QUICK, clock, judged_rows, loss_rows, open_model, table
@@ -154,8 +154,7 @@ def main(
             return tell("there is not enough memory; a smaller --batch, --ctx or --preset needs less")
         except SystemExit as e: return e.code or 0                       # argparse, after --help
         finally:
-            # nothing is left to stop: a Ctrl-C while Python shuts down would only show a traceback
-            if argv is None: signal.signal(signal.SIGINT, signal.SIG_IGN)
+            if argv is None: signal.signal(signal.SIGINT, signal.SIG_IGN)   # Python's shutdown would show a traceback
     return 0
 
 # %% ../../nbs/5_deployment/05_cli.ipynb #098f16fc
@@ -327,33 +326,34 @@ def train(
     device: str = "auto",      # auto, cpu, cuda, mps
     resume: bool = False,      # go on with the run in out; what is asked for besides must agree with it
     parallel: str = None,      # of several processes, as torchrun starts them: ddp or fsdp; left out: ddp
+    track: str = None,         # tensorboard, wandb, mlflow, or several with commas between: tell them of the run
     **kwargs,                  # settings of `TrainConfig`
 ):
     "Train a tokenizer and a model on a text."
     began = time.perf_counter()                         # loading PyTorch belongs to the minutes
     config = config_of(config, kwargs.get("repeat"))
+    pick_device(device)
     from tiny_llm.training.run import finished, past_run
     from tiny_llm.training.scale import processes, restarted
+    from tiny_llm.training.watch import watchers
     from tiny_llm.transformer.model import preset as shape
     asked, made = settings_of(config, kwargs, "train")
-    out = Path(out).expanduser()
-    pick_device(device)
+    out, told = Path(out).expanduser(), watchers(track)
     if asked.model: _known_fields(asked.model, config)
     elif asked.preset: shape(asked.preset)
     with processes(parallel, device) as group:
         resume = group.share(resume or restarted(out))
         group.first(past_run, out, resume)              # complain before the text is read
-        with owned(out if resume and not group.rank else None):
-            run = _train(asked, made, config, kwargs, out, group.device or device, resume, began, group)
+        with alive("train"), owned(out if resume and not group.rank else None):
+            run = _train(asked, made, config, kwargs, out, group.device or device, resume, began, group, told)
     if group.rank: return
     print(table(train_rows(finished(run, "the same line with --resume"))))
     return run
 
 # %% ../../nbs/5_deployment/05_cli.ipynb #f6575ba9
-def _train(asked, made, config, given, out, device, resume, began, group):
+def _train(asked, made, config, given, out, device, resume, began, group, told):
     import torch
     from dataclasses import asdict
-    from tiny_llm.training.doctor import doctor_callback
     from tiny_llm.training.folder import fall_back
     from tiny_llm.training.run import past_run
     from tiny_llm.training.train import train as fit
@@ -374,7 +374,7 @@ def _train(asked, made, config, given, out, device, resume, began, group):
     settings = None if past else changed(asked, preset=name, data=asked.data or "stories")
     again = {name: given[name] for name in FREE if name in given} if past else {}
     return fit(Transformer(cfg), tok, tokens, settings, val=val, out=out, device=device, resume=resume, began=began,
-               group=group if group.world > 1 else None, callbacks=[doctor_callback], **again)
+               group=group if group.world > 1 else None, callbacks=told, **again)
 
 # %% ../../nbs/5_deployment/05_cli.ipynb #7314b9d8
 @command
@@ -477,21 +477,22 @@ def finetune(
     config: str = None,       # settings file, JSON or YAML, or a run's config.json; options on the line win
     device: str = "auto",     # auto, cpu, cuda, mps
     resume: bool = False,     # go on with the run in out; what is asked for besides must agree with it
+    track: str = None,        # as in train
     **kwargs,                 # settings of `TrainConfig`; data: stories, or a file, folder or dataset of conversations
 ):
     "Teach a model to answer, from conversations."
     began, out = time.perf_counter(), Path(out).expanduser()
+    pick_device(device)
     from tiny_llm.assistant.finetune import finetune as fit, read_conversations
-    from tiny_llm.training.doctor import doctor_callback
     from tiny_llm.training.folder import fall_back
     from tiny_llm.training.run import finished, past_run
-    config = config_of(config, kwargs.get("repeat"))
+    from tiny_llm.training.watch import watchers
+    config, told = config_of(config, kwargs.get("repeat")), watchers(track)
     asked, made = settings_of(config, kwargs, "finetune")
     if asked.repeat: model = model or made.get("began_with")
-    with owned(out if past_run(out, resume) else None):
+    with alive("finetune"), owned(out if past_run(out, resume) else None):
         past = past_run(out, resume)
-        # a run that goes on reads its own conversations again
-        text = resumed(past[0], requested(asked, kwargs, config), out) if past else asked
+        text = resumed(past[0], requested(asked, kwargs, config), out) if past else asked    # its own, read again
         if past: fall_back(out)
         start = _start_of(past, model, out)
         data, limit = text.data or "stories", text.limit
@@ -500,7 +501,7 @@ def finetune(
         net, tok = open_model(start, device)
         if held: note(f"{data}: {len(chats):,} conversations to learn from, {len(held):,} held out")
         run = fit(net, tok, chats, asked if past else changed(asked, data=data), val=held, out=out, device=device,
-                  resume=resume, began=began, callbacks=[doctor_callback])
+                  resume=resume, began=began, callbacks=told)
     print(table(train_rows(finished(run, "the same line with --resume"))))
     return run
 
@@ -533,12 +534,12 @@ def pipeline(
     change: str = None,           # fields in place of the file's: books.steps=20,code.lr=1e-3
     device: str = "auto",         # auto, cpu, cuda, mps
     resume: bool = False,         # go on with the pipeline in out, with the same plan
+    track: str = None,            # as in train, each stage as a run of its own
 ):
     "Train in stages, each with the model of the one before."
     from tiny_llm.assistant.pipeline import parse_changes, pipeline as run_stages, stage_rows, stage_table
-    from tiny_llm.training.doctor import doctor_callback
-    runs = run_stages(plan, out, change=parse_changes(change), resume=resume, device=device,
-                      callbacks=[doctor_callback])
+    from tiny_llm.training.watch import watchers
+    runs = run_stages(plan, out, change=parse_changes(change), resume=resume, device=device, callbacks=watchers(track))
     print(f"{stage_table(stage_rows(runs))}\n\n{table([('next', f'tiny_llm chat --model {out}')])}")
     return runs
 

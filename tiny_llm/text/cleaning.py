@@ -11,7 +11,7 @@ __all__ = ['CODE_MARKS', 'MIN_CHARS', 'NOTICE_SHARE', 'NOTICE_CHARS', 'NOTICES',
            'Card', 'data_card']
 
 # %% ../../nbs/2_text/08_cleaning.ipynb #d8fd449b
-import base64, hashlib, io, re, sys, unicodedata, zlib
+import base64, hashlib, io, re, unicodedata, zlib
 from array import array
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -20,8 +20,7 @@ from html import escape
 from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
-from tqdm import tqdm
-from ..basics import UserError, did_you_mean, figure, note
+from ..basics import UserError, alive, did_you_mean, figure, note
 from .sources import documents
 
 # %% ../../nbs/2_text/08_cleaning.ipynb #f2ba9a3b
@@ -377,10 +376,8 @@ def _verdict(doc, filters, hashes):
 # %% ../../nbs/2_text/08_cleaning.ipynb #297d236a
 def _cleaned(docs, filters, near, report, tell, progress):
     "The documents kept, block by block; `report` is filled on the way."
-    wait = 1 if sys.stderr.isatty() or "ipykernel" in sys.modules else 10  # in a log: a line every 10 s
-    bar = tqdm(desc="clean", unit="B", unit_scale=True, leave=False, disable=not progress, delay=wait, mininterval=wait)
     hashes, mind = set(), None if near is None else _Near(near)
-    try:
+    with alive("clean", unit="documents kept", quiet=not progress) as count:
         for group in ([doc for _, doc in g] for g in _in_blocks(docs, None)):
             verdicts = [_verdict(doc, filters, hashes) for doc in group]
             left = [i for i, v in enumerate(verdicts) if v is None] if mind else []
@@ -390,9 +387,7 @@ def _cleaned(docs, filters, near, report, tell, progress):
             for doc, v in zip(group, verdicts):
                 report.add(doc, *(v or ()))
                 if v is None: yield doc
-            bar.set_postfix_str(f"{report.kept[0]:,} of {report.total[0]:,} documents kept", refresh=False)
-            bar.update(sum(map(_utf8_size, group)))
-    finally: bar.close()
+            count(verdicts.count(None))
     if tell and report.dropped: note("clean: " + ", ".join(f"{n:,} {name}" for name, n, _, _ in report.rows()))
 
 # %% ../../nbs/2_text/08_cleaning.ipynb #cd4d7165

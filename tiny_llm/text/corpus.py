@@ -6,7 +6,7 @@
 __all__ = ['LONG', 'FORMAT', 'Tokens', 'content_of', 'open_tokens', 'tokenize']
 
 # %% ../../nbs/2_text/09_corpus.ipynb #ce35fce5
-import hashlib, json, os, sys, time
+import hashlib, json, os
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -19,8 +19,7 @@ from multiprocessing import get_context
 from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
-from tqdm import tqdm
-from ..basics import UserError, note, owned, read_json, sha256, write_file
+from ..basics import UserError, alive, owned, read_json, sha256, write_file
 from .tokenizer import Tokenizer
 
 # %% ../../nbs/2_text/09_corpus.ipynb #ef455ed2
@@ -87,7 +86,7 @@ def _pair(doc, i):
     return found.astype(np.int64), weights
 
 # %% ../../nbs/2_text/09_corpus.ipynb #b9aadbe3
-def _checked(docs, digest, progress=None):
+def _checked(docs, digest):
     "The documents, each looked at, and each with its number of bytes; pairs as arrays."
     try: docs = iter(docs)
     except TypeError:
@@ -106,14 +105,13 @@ def _checked(docs, digest, progress=None):
             d = _pair(d, i)
             digest.update(b"ids %d\n" % len(d[0]) + d[0].tobytes() + d[1].tobytes())
         yield d
-        if progress: progress(d[1] if isinstance(d[0], str) else 0)
 
 def content_of(
     docs,   # documents, as for `tokenize`
 ) -> str:   # SHA-256, 64 hexadecimal digits
     "The fingerprint of some documents and their order."
     digest = hashlib.sha256()
-    for _ in _checked(docs, digest):
+    for _ in alive("reading", unit="documents").each(_checked(docs, digest)):
         pass
     return digest.hexdigest()
 
@@ -202,31 +200,6 @@ def _encoded(docs, tok, workers):
         raise UserError("the workers could not start or were ended; a script must call "
                         "tokenize(…, workers=…) under `if __name__ == '__main__':`, or without "
                         "workers.") from None
-
-# %% ../../nbs/2_text/09_corpus.ipynb #1dbedab3
-class _Progress:
-    "A bar in a terminal or a notebook; elsewhere a line every ten seconds; nothing in the first two seconds."
-    def __init__(self, docs, quiet):
-        total = len(docs) if hasattr(docs, "__len__") else None
-        options = dict(desc="tokenizing", unit=" documents", delay=2, leave=False, file=sys.stderr)
-        bar = not quiet and (sys.stderr.isatty() or "ipykernel" in sys.modules)
-        self.bar = tqdm(total=total, **options) if bar else None
-        self.of = f" of {total:,}" if total else ""
-        self.quiet, self.docs, self.bytes, self.last = quiet, 0, 0, time.perf_counter()
-
-    def __call__(self, n):
-        "One document of n bytes more."
-        self.docs += 1
-        self.bytes += n
-        if self.bar is not None:
-            self.bar.update()
-            if self.docs % 1000 == 0: self.bar.set_postfix_str(f"{self.bytes / 1e6:,.0f} MB", refresh=False)
-        elif not self.quiet and time.perf_counter() - self.last > 10:
-            self.last = time.perf_counter()
-            note(f"tokenizing: {self.docs:,}{self.of} documents, {self.bytes / 1e6:,.0f} MB")
-
-    def close(self):
-        if self.bar is not None: self.bar.close()
 
 # %% ../../nbs/2_text/09_corpus.ipynb #d200ee86
 FORMAT = "tiny_llm tokens"
@@ -345,15 +318,13 @@ def _tokenize(docs, tok, path, workers, quiet, content=None):
     "The work itself; `content` is what the documents were when they were looked at before."
     lengths, sizes, weights = [], [], {}   # weights: of those documents that bring some
     digest = hashlib.sha256()
-    progress = _Progress(docs, quiet)
+    count = alive("tokenizing", len(docs) if hasattr(docs, "__len__") else None, "documents", quiet)
     def blocks():
-        try:
-            for ids, n, size, w in _encoded(_checked(docs, digest, progress), tok, workers):
-                lengths.append(n)
-                sizes.append(size)
-                weights.update(w)
-                yield ids
-        finally: progress.close()
+        for ids, n, size, w in _encoded(count.each(_checked(docs, digest)), tok, workers):
+            lengths.append(n)
+            sizes.append(size)
+            weights.update(w)
+            yield ids
         if not sizes: raise UserError("there are no documents to tokenize.")
     def rest():
         if content not in (None, digest.hexdigest()):

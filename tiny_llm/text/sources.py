@@ -21,7 +21,7 @@ from pathlib import Path
 from random import Random
 from urllib.parse import urlparse
 from urllib.request import getproxies
-from ..basics import UserError, did_you_mean, note, sha256
+from ..basics import UserError, alive, did_you_mean, note, sha256
 
 # %% ../../nbs/2_text/07_sources.ipynb #9e66316e
 _mark = re.compile(r"(?m)^[ \t]*<\|endoftext\|>[ \t]*$\n?")     # the line end before it is taken away later
@@ -829,6 +829,10 @@ def read(
     return _counted(islice(_find(source, split, limit, seed, column), limit), name, split, start)
 
 # %% ../../nbs/2_text/07_sources.ipynb #fc604d45
+def _reading(source, limit):
+    name = f" {source}" if isinstance(source, (str, Path)) else ""
+    return alive(f"reading{name}", limit, "documents")
+
 def documents(
     source="stories",          # as in `read`
     split: str = "train",      # train, val, test, or all
@@ -837,7 +841,7 @@ def documents(
     column: str | None = None,  # column of the text; None: text, content, story, …, or the only one
 ) -> list:                     # documents, each a str
     "The documents of one split of a source, as a list. Splits that are made here share none."
-    return list(read(source, split, limit, seed, column))
+    return list(_reading(source, limit).each(read(source, split, limit, seed, column)))
 
 # %% ../../nbs/2_text/07_sources.ipynb #a83b66cf
 def held_out(
@@ -847,7 +851,7 @@ def held_out(
     column: str | None = None,  # as in `read`
 ):                             # list of documents, or None
     "The documents of split val; None, and a line that says so, where there is too little text to hold any out."
-    found = list(islice(_find(source, "val", limit, seed, column), limit))
+    found = list(_reading(source, limit).each(islice(_find(source, "val", limit, seed, column), limit)))
     if not found: note("too little text to hold some out: nothing is, and no loss is measured")
     return found or None
 

@@ -20,7 +20,7 @@ from pathlib import Path
 import tokenizers
 from fastcore.basics import patch
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
-from ..basics import UserError, did_you_mean, read_json, sha256, write_file
+from ..basics import UserError, alive, did_you_mean, read_json, sha256, write_file
 
 # %% ../../nbs/2_text/04_tokenizer.ipynb #cda2b88d
 BYTES = [*range(33, 127), *range(161, 173), *range(174, 256)]  # printable ones first, as in GPT-2's files
@@ -365,7 +365,7 @@ def give_pad(
             "added_tokens": sorted(added, key=lambda t: t["id"])}
 
 # %% ../../nbs/2_text/04_tokenizer.ipynb #d05fd585
-def _in_thread(work, stop, bar):
+def _in_thread(work, stop):
     "The result of `work()`, done in a thread beside this one, which Ctrl-C ends at once."
     out = {}
     def run():
@@ -376,7 +376,6 @@ def _in_thread(work, stop, bar):
     try:
         while thread.is_alive():
             thread.join(0.1)
-            bar.refresh()
     finally: stop.set()  # a thread left alone reads no more documents
     if "error" in out: raise out["error"]
     return out["result"]
@@ -394,17 +393,15 @@ def train_tokenizer(
     if vocab_size < floor:
         raise UserError(f"vocab_size {vocab_size} is too small: {len(SPECIALS)} special tokens and 256 bytes "
                         f"need {floor}.")
-    from tqdm.auto import tqdm
-    stop = Event()
-    bar = tqdm(desc="tokenizer", unit=" documents", disable=None, leave=False, delay=3)  # None: in terminals only
+    stop, count = Event(), alive("learning a vocabulary", unit="documents")
     def checked():
         for d in [docs] if isinstance(docs, str) else docs:
             if stop.is_set(): return
             check_text(d)
             yield from split_at_specials(d, [*SPECIALS, PAD])  # what spells a special token teaches nothing
-            bar.update()
-    with bar:
-        tk = _in_thread(partial(_learn_vocabulary, checked(), vocab_size, pattern), stop, bar)
+            count()
+    with count:
+        tk = _in_thread(partial(_learn_vocabulary, checked(), vocab_size, pattern), stop)
     tk = tokenizers.Tokenizer.from_str(json.dumps(give_pad(json.loads(tk.to_str()))))
     if (got := tk.get_vocab_size()) < vocab_size:
         warnings.warn(f"the corpus is too small for {vocab_size} tokens: after {got} no pair of tokens occurs "
@@ -429,7 +426,7 @@ def char_tokenizer(
     tk.decoder = decoders.Fuse()
     return Tokenizer(tk)
 
-# %% ../../nbs/2_text/04_tokenizer.ipynb #a8f46ce2
+# %% ../../nbs/2_text/04_tokenizer.ipynb #9df20f79
 TOKENIZERS = ("bpe", "bytes", "chars")
 
 def check_tokenizer(kind):

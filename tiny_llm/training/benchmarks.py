@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from ..basics import UserError, did_you_mean
+from ..basics import UserError, alive, did_you_mean
 from ..text.sources import read_rows
 from ..text.tokenizer import SPECIALS
 from .config import check_number
@@ -63,7 +63,8 @@ def counted_losses(
     "The loss of the last tokens of each row."
     rows = [(torch.as_tensor(ids), n) for ids, n in rows]
     out = [None] * len(rows)
-    for some in by_length([len(ids) - 1 for ids, _ in rows], tokens):
+    count = alive("evaluating", len(rows), "rows")
+    for some in count.each(by_length([len(ids) - 1 for ids, _ in rows], tokens), len):
         picked = [rows[i] for i in some]
         x = pad_sequence([ids[:-1] for ids, _ in picked], batch_first=True)     # the causal mask hides what is behind
         h = model.hidden_states(x.to(model.device))

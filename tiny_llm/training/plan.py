@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..basics import UserError, pick_device
+from ..basics import UserError, alive, pick_device
 from ..transformer.model import ModelConfig, Transformer, own_presets, preset
 from ..transformer.sizes import count_params, kept_per_token, on_meta
 from ..text.batches import Tokens
@@ -110,7 +110,8 @@ def plan(
     asked = TrainConfig(minutes=minutes, batch=batch, dtype=dtype, compile=compile)
     size = dict(vocab_size=vocab_size, **({"ctx": ctx} if ctx else {}))
     shapes = [(name, preset(name, **size)) for name in names or own_presets]
-    for name, cfg in sorted(shapes, key=lambda shape: sum(count_params(shape[1]).values())):
+    shapes.sort(key=lambda shape: sum(count_params(shape[1]).values()))
+    for name, cfg in alive("measuring", len(shapes), "presets").each(shapes):
         config, n = resolved(asked, on_meta(cfg), device), sum(count_params(cfg).values())
         rate = config.batch * config.ctx / trial(cfg, replace(config, compile=False), device)[0]
         long = 60 * config.minutes >= 5 * COMPILE_SECONDS and can_compile(device)
@@ -220,7 +221,7 @@ def _rehearsed(cfg, config, device, seconds):
         try:
             child.stdin.write(json.dumps(asked))
             child.stdin.close()
-            for line in child.stdout:
+            for line in alive("measuring", unit="trials").each(child.stdout):
                 if not trials: limit.start()
                 trials.append(json.loads(line))
         finally:

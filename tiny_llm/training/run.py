@@ -7,8 +7,8 @@ __all__ = ['BEST_LR', 'TOKENS_PER_BATCH', 'COMPILE_FROM', 'ALONE', 'ENDS', 'COMP
            'product_seconds', 'fast_dtype', 'peak', 'most_memory', 'recompute', 'can_compile', 'compiled', 'shortened',
            'at_most', 'total_operations', 'resolved', 'Alone', 'Clock', 'shares_of', 'disk_error', 'disk_errors',
            'plot_run', 'png_of', 'read_metrics', 'Run', 'finished', 'past_run', 'stop_requests', 'evaluates', 'logs',
-           'waits', 'overfitting', 'notices', 'saves', 'Progress', 'weights_by_kind', 'update_ratios',
-           'layer_entropies', 'standard_error', 'choose', 'outlook', 'review']
+           'waits', 'overfitting', 'notices', 'saves', 'shows', 'weights_by_kind', 'update_ratios', 'layer_entropies',
+           'standard_error', 'choose', 'outlook', 'review']
 
 # %% ../../nbs/3_training/04_run.ipynb #a22f8cf4
 import contextlib, errno, io, json, math, os, platform, shutil, signal, sys, textwrap, time, warnings
@@ -18,9 +18,8 @@ from pathlib import Path
 
 import torch
 from torch.utils.checkpoint import checkpoint as recompute_later
-from tqdm.auto import tqdm
 
-from ..basics import UserError, figure, note, read_json, taken, write_file
+from ..basics import UserError, alive, figure, note, read_json, taken, write_file
 from ..transformer.flash import attention_entropy
 from ..transformer.rope import apply_rope
 from ..transformer.sizes import flops_per_token
@@ -524,29 +523,18 @@ def saves(event, t):
     if event != "step" or t.looked_step == t.step or t.clock.progress(t.step) >= 1: return
     if t.step % every == 0 if every else now - t.tried > 60: t.checkpoint()
 
-# %% ../../nbs/3_training/04_run.ipynb #57aaf099
-class Progress:
-    "A bar in a terminal or a notebook; elsewhere a line every ten seconds."
-    def __init__(self, quiet=False):
-        watched = sys.stderr.isatty() or "ipykernel" in sys.modules
-        form = dict(total=100, bar_format="{percentage:3.0f}%|{bar}| {desc}", leave=False)
-        self.bar = tqdm(**form) if watched and not quiet else None
-        self.quiet, self.last = quiet, time.perf_counter()
+# %% ../../nbs/3_training/04_run.ipynb #1de1a195
+def shows(
+    bar,    # the `alive` of the run
+):          # a callback
+    "Where the run stands."
+    def tell(event, t):
+        if event == "step": bar.at(t.clock.progress(t.step), partial(_where, t))
+    return tell
 
-    def tell(self, event, t):
-        "Tell where the run stands."
-        pause = 10 if self.bar is None else 0.2
-        if event != "step" or self.quiet or time.perf_counter() - self.last < pause: return
-        self.last, floor = time.perf_counter(), "" if t.floor is None else f"  floor {t.floor:.3f}"
-        text = f"step {t.step:,}  loss {t.loss_now:.3f}{floor}  {t.rate():,.0f} tokens/s  {t.clock.left(t.step)} left"
-        if self.bar is None: return note(text)
-        self.bar.n = 100 * t.clock.progress(t.step)
-        self.bar.set_description_str(text)
-
-    def close(self):
-        if self.bar is None: return
-        self.bar.n = self.bar.total          # a bar that stops short of its end would stay, in red
-        self.bar.close()
+def _where(t):
+    floor = "" if t.floor is None else f"  floor {t.floor:.3f}"
+    return f"step {t.step:,}  loss {t.loss_now:.3f}{floor}  {t.rate():,.0f} tokens/s  {t.clock.left(t.step)} left"
 
 # %% ../../nbs/3_training/04_run.ipynb #dab35672
 def weights_by_kind(
@@ -631,7 +619,7 @@ def _compiled_step(t, seconds):
     "Seconds of a compiled step, which the run then takes; infinite if compiling failed or took longer than `seconds`."
     t.loss = compiled(t.plain)
     try:
-        with at_most(seconds):
+        with at_most(seconds), alive("compiling"):
             a_step = _timed_step(t, t.loss)
     except Exception as e:       # the backward half is compiled in backward(), outside `compiled`
         note(f"torch.compile was given up ({shortened(e)}); going on without it")

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 
-from ..basics import UserError, note, owned, pick_device, single_process, write_file
+from ..basics import UserError, alive, note, owned, pick_device, single_process, write_file
 from ..transformer.math import bits_per_byte, cross_entropy, softmax
 from ..transformer.model import Transformer, n_params
 from ..transformer.sizes import flops_per_token
@@ -29,10 +29,10 @@ from .optim import clip_gradients, make_optimizer, schedule
 from .config import (TrainConfig, changed, check_number, config_of, read_config, requested, resumed,
                                       split_record, takes_settings, to_dict)
 from .folder import fall_back, read_sealed, sweep, write_sealed
-from .run import (ALONE, Clock, Progress, Run, choose, compiled, disk_error, disk_errors, evaluates,
+from .run import (ALONE, Clock, Run, choose, compiled, disk_error, disk_errors, evaluates,
                                    layer_entropies, logs, most_memory, notices, outlook, past_run, peak, png_of,
-                                   read_metrics, recompute, resolved, review, saves, shares_of, standard_error,
-                                   stop_requests, update_ratios, waits, weights_by_kind)
+                                   read_metrics, recompute, resolved, review, saves, shares_of, shows,
+                                   standard_error, stop_requests, update_ratios, waits, weights_by_kind)
 
 # %% ../../nbs/3_training/05_train.ipynb #4d569a63
 def loss_of(
@@ -81,8 +81,9 @@ def _losses(model, tokens, ctx, batch, dtype, group=ALONE):
     was_training = model.training
     model.eval()
     batch = group.world * (batch or max(1, 4096 // ctx))
-    rows = LargeBatches(tokens, ctx, batch, rank=group.rank, world=group.world).once()
-    found = [_by_document(model, b.to(model.device), dtype) for b in rows]
+    rows = LargeBatches(tokens, ctx, batch, rank=group.rank, world=group.world)
+    looked = alive("evaluating", len(rows), "batches").each(rows.once())
+    found = [_by_document(model, b.to(model.device), dtype) for b in looked]
     model.train(was_training)
     nats, counts = (torch.cat(x) for x in zip(*found))
     if group.sum(not nats.isfinite().all())[0]:
@@ -626,11 +627,10 @@ def _training(docs, val, tok, floor, began, asked, group=ALONE):
     return Training(model.to(device), tok, tokens, config, folder, held, least, clock, group), name, made
 
 # %% ../../nbs/3_training/05_train.ipynb #8fd7fd62
-def _run(t, name, made, stop_at, quiet, callbacks):
+def _run(t, name, made, stop_at, bar, callbacks):
     "The Run of a Training."
-    quiet = quiet or t.group.rank > 0
-    threads, bar = torch.get_num_threads(), Progress(quiet)
-    t.callbacks += [bar.tell, *callbacks]
+    quiet, threads = bar.quiet, torch.get_num_threads()
+    t.callbacks += [shows(bar), *callbacks]
     t.quiet = quiet
     try:
         t.begin(name, made)
@@ -640,7 +640,6 @@ def _run(t, name, made, stop_at, quiet, callbacks):
             if not quiet and outlook(t): note(outlook(t))
             run = t.finish(run_steps(t, pressed, stop_at))
     finally:
-        bar.close()
         recompute(t.model, False)
         torch.set_num_threads(threads)
     if not quiet and review(t): note(review(t))
@@ -672,10 +671,10 @@ def train(
     group = group or ALONE
     group.first(past_run, folder, resume)
     mine = None if group.rank else folder            # which only rank 0 can own
-    with owned(mine if resume else None):
+    with alive("preparing", quiet=quiet or group.rank > 0) as bar, owned(mine if resume else None):
         asked = config, kwargs, model, device, folder, resume
         t, name, made = _training(docs, val, tok, floor, began, asked, group)
         # the folder of a new run is made only now, when nothing is left to complain about
         with owned(mine), disk_errors(mine):
             group.first(past_run, folder, resume)    # another process may have begun a run meanwhile, or ended it
-            return _run(t, name, made, stop_at, quiet, callbacks)
+            return _run(t, name, made, stop_at, bar, callbacks)

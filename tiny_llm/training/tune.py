@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..basics import COLORS, UserError, did_you_mean, figure, note, owned, pick_device, write_file
+from ..basics import COLORS, UserError, alive, did_you_mean, figure, note, owned, pick_device, write_file
 from ..transformer.model import Transformer
 from .config import DECAYS, OPTIMIZERS, TrainConfig, changed, check_number, to_dict
 from .run import BEST_LR, png_of, resolved
@@ -362,7 +362,8 @@ def _search(t, texts, steps, how, sampler, seed, trials, minutes, began, quiet):
         trial = ask(t.study, sampler, seed)
         found = settings_at(draw(trial, t.names), t.usual, steps)
         config = changed(t.usual, **found, **(dict(eval_every=max(1, found["steps"] // LOOKS)) if steps else {}))
-        run_trial(trial, t.study, cfg, tok, texts, config, device, prune, callbacks)
+        with alive(f"trial {len(t.over) + 1}", quiet=quiet):
+            run_trial(trial, t.study, cfg, tok, texts, config, device, prune, callbacks)
         if not quiet: note(_line(t))
 
 def _line(t):
