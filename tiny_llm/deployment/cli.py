@@ -285,8 +285,7 @@ def read_text(
     from tiny_llm.text.batches import tokenize
     from tiny_llm.text.sources import documents, held_with
     from tiny_llm.text.tokenizer import tokenizer_for
-    data = config.data or "stories"
-    how = config.limit, config.seed, config.column
+    data, how = config.data or "stories", (config.limit, config.seed, config.column)
     docs = documents(data, "train", *how)
     tok = tok or tokenizer_for(docs, config.tokenizer, config.vocab_size)
     tokens = tokenize(docs, tok)
