@@ -28,6 +28,7 @@ MUTANTS = [
     ("deployment.cli", "derived = made and name in given and \"repeat\" not in given", "derived = False", "what was derived outlives what it was derived from"),
     ("deployment.cli", "(config.limit, config.seed, config.column)", "(None, config.seed, config.column)", "train ignores --limit"),
     ("deployment.cli", "(config.limit, config.seed, config.column)", "(config.limit, 0, config.column)", "--seed does not reach the text"),
+    ("deployment.cli", "return tok, tokens, held_with(data, *how)", "return tok, tokens, docs", "held-out documents are those of the training"),
     ("deployment.cli", "torch.manual_seed(asked.seed)", "torch.manual_seed(0)", "--seed does not reach the weights"),
     ("deployment.cli", "if made.get(\"sha256\") not in (None, tokens.sha256()):", "if not made:", "another text goes unmentioned"),
     ("deployment.cli", "given[name] for name in FREE if name in given} if past else {}", "given[name] for name in FREE if name in given} if not past else {}", "what may change at a resume is not passed on"),

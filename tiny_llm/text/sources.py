@@ -855,8 +855,13 @@ def held_out(
     if not found: note("too little text to hold some out: nothing is, and no loss is measured")
     return found or None
 
-def held_with(source="stories", limit=None, seed=0, column=None):
-    "What a run holds out of a source of which it reads `limit` documents: a twentieth of them; False: too little text."
+def held_with(
+    source="stories",           # as in `read`
+    limit: int | None = None,   # documents that the run reads at most; a twentieth of that is held out
+    seed: int = 0,              # as in `read`
+    column: str | None = None,  # as in `read`
+):                              # list of documents; False: too little text
+    "What a run holds out beside the documents that it learns from."
     return held_out(source, limit and max(1, limit // 20), seed, column) or False
 
 # %% ../../nbs/2_text/07_sources.ipynb #74b1442f
