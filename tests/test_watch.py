@@ -37,6 +37,10 @@ def run(out=None, callbacks=(), steps=24, **how):
 
 # Signs of life
 
+@pytest.fixture(autouse=True)
+def signs(monkeypatch): monkeypatch.delenv("TINY_LLM_SIGNS", raising=False)        # conftest asks for silence
+
+
 class Seconds:
     now = 100.0
     def __call__(self): return self.now
@@ -118,9 +122,10 @@ def test_a_note_is_a_sign_too(said):
     assert [text for _, text in lines] == ["half of it"]
 
 
-def test_only_the_first_of_many_processes_speaks(said, monkeypatch):
+@pytest.mark.parametrize("name, value", [("RANK", "1"), ("TINY_LLM_SIGNS", "0")])
+def test_who_is_to_be_silent_is(said, monkeypatch, name, value):
     seconds, lines = said
-    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv(name, value)
     with alive("work") as count:
         for _ in range(30):
             seconds.now += 0.1
