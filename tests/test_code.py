@@ -108,6 +108,16 @@ def test_counts_are_probabilities(order):
     assert len(counts.bits(b"")) == 0 and counts.draw("é", 9, 1) == counts.draw("é", 9, 1)
 
 
+def test_counts_by_hand():
+    "After 'ab' came 'r' twice; after 'b' the same; and 'r' is 2 of 11 bytes, of 5 kinds."
+    counts, p = ByteCounts("abracadabra", 2), (2 + 5 / 256) / 16
+    for seen in (2, 2): p = (seen + p) / (seen + 1)
+    assert math.isclose(2 ** -counts.bits("ab")[0] * 16, 5 + 5 / 256) and math.isclose(2 ** -counts.bits("abr")[-1], p)
+    p_of = {c: 2 ** -counts.bits("xa" + c)[-1] for c in "bcd"}         # after 'a' came b twice, c and d once
+    drawn = [counts.draw("xa", 1, seed)[2] for seed in range(1500)]
+    assert all(abs(drawn.count(c) / 1500 - p_of[c]) < 0.045 for c in p_of) and p_of["b"] > 1.7 * p_of["c"]
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_copies_are_substrings(seed):
     r = random.Random(seed)
@@ -137,6 +147,6 @@ def test_draws_begin_alike_and_end(model_and_tok):
 
 
 def test_form_counts_what_has_ended():
-    got = form(["def f():\n    return 1\n\nx", "def g(\n  a):\n    return a\nx", "def h(:\n    pass\nx", "def i():\n    ret", "def j(): return\n# c\nx"])
-    assert (got["texts"], got["ended"], got["parsed"], got["lines"]) == (5, 4, 3, 2.5)
-    assert math.isclose(got["se"], math.sqrt(0.75 * 0.25 / 4))
+    got = form(["def f():\n    return 1\n\nx", "def g(\n  a):\n    return a\nx", "def h(:\n    pass\nx", "def i():\n    ret", "def k(\n    a,\n):\n    return a\nx", "def j(): return\n# c\nx"])
+    assert (got["texts"], got["ended"], got["parsed"], got["lines"]) == (6, 5, 4, 3)
+    assert math.isclose(got["se"], math.sqrt(0.8 * 0.2 / 5))
