@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'PACKERS', 'BASE', 'token_ends', 'over_bytes', 'byte_bits', 'parses', 'kinds_of_code', 'bits_by_kind',
-           'loss_by_kind_of_code', 'as_bytes', 'ByteCounts', 'kind_table', 'compressed_bits', 'draw_texts',
-           'first_statement', 'form', 'window_numbers', 'copied', 'longest_match']
+           'loss_by_kind_of_code', 'as_bytes', 'kind_table', 'compressed_bits', 'draw_texts', 'first_statement', 'form',
+           'window_numbers', 'copied', 'longest_match']
 
 # %% ../../nbs/3_training/11_code.ipynb #e2d3529e
 import ast, bz2, gzip, io, keyword, lzma, math, re, statistics, warnings
@@ -16,6 +16,7 @@ from functools import partial
 import numpy as np
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 
 from ..basics import UserError, did_you_mean
 from ..transformer.math import softmax
@@ -165,56 +166,29 @@ def _find(table, wanted):
     at = np.searchsorted(table, wanted).clip(max=len(table) - 1)
     return np.where(table[at] == wanted, at, -1)
 
-# %% ../../nbs/3_training/11_code.ipynb #5b91df03
-class ByteCounts:
-    "How often each byte came after the last bytes of a text: a model without weights."
-    def __init__(self,
-        text,            # str or bytes
-        order: int = 6,  # bytes of context, at most 7
-    ):
-        if not 0 <= order <= 7: raise UserError(f"order is {order}; eight bytes fit into a number: give 0 to 7")
-        x = np.frombuffer(as_bytes(text), np.uint8).astype(np.uint64)
-        if len(x) <= order: raise UserError(f"there are {len(x)} bytes; give more than {order}")
-        self.order, self.tables = order, []
-        for k in range(order + 1):
-            keys, counts = np.unique(_numbers(x, k + 1), return_counts=True)
-            contexts, first, kinds = np.unique(keys >> np.uint64(8), return_index=True, return_counts=True)
-            self.tables.append((keys, counts, contexts, first, kinds, np.add.reduceat(counts, first)))
+# %% ../../nbs/3_training/11_code.ipynb #8b6e66a5
+@patch
+def draw(self: ByteCounts,
+    prompt,          # str or bytes, what the text begins with
+    n: int,          # bytes to add
+    seed: int = 0,
+) -> str:
+    "A text with the probabilities of equation (3.11.4)."
+    rng, out = np.random.default_rng(seed), bytearray(as_bytes(prompt))
+    for _ in range(n):
+        out.append(self._next(out, rng))
+    return out.decode(errors="replace")
 
-    def bits(self,
-        text,            # str or bytes
-    ):                   # float64 array (bytes,)
-        "Bits of every byte by equation (3.11.4)."
-        # before the text stand zeros, a context that never came
-        x = np.frombuffer(bytes(self.order) + as_bytes(text), np.uint8).astype(np.uint64)
-        code, p = _numbers(x, self.order + 1), np.full(len(x) - self.order, 1 / 256)
-        for k, (keys, counts, contexts, _, kinds, totals) in enumerate(self.tables):
-            key = code & np.uint64(256 ** (k + 1) - 1)
-            at, c = _find(contexts, key >> np.uint64(8)), _find(keys, key)
-            mixed = (np.where(c < 0, 0, counts[c]) + kinds[at] * p) / (totals[at] + kinds[at])
-            p = np.where(at < 0, p, mixed)
-        return -np.log2(p)
-
-    def draw(self,
-        prompt,          # str or bytes, what the text begins with
-        n: int,          # bytes to add
-        seed: int = 0,
-    ) -> str:
-        "A text with the probabilities of equation (3.11.4)."
-        rng, out = np.random.default_rng(seed), bytearray(as_bytes(prompt))
-        for _ in range(n):
-            out.append(self._next(out, rng))
-        return out.decode(errors="replace")
-
-    def _next(self, past, rng):
-        for k in range(min(self.order, len(past)), -1, -1):
-            keys, counts, contexts, first, kinds, totals = self.tables[k]
-            h = np.array([int.from_bytes(past[len(past) - k:], "big")], np.uint64)
-            if (at := _find(contexts, h)[0]) < 0: continue
-            i, u, r = first[at], kinds[at], rng.integers(totals[at] + kinds[at])
-            if r < totals[at]:
-                return int(keys[i + np.searchsorted(counts[i:i + u].cumsum(), r, side="right")] & np.uint64(255))
-        return int(rng.integers(256))
+@patch
+def _next(self: ByteCounts, past, rng):
+    for k in range(min(self.order, len(past)), -1, -1):
+        keys, counts, contexts, first, kinds, totals = self.tables[k]
+        h = np.array([int.from_bytes(past[len(past) - k:], "big")], np.uint64)
+        if (at := _find(contexts, h)[0]) < 0: continue
+        i, u, r = first[at], kinds[at], rng.integers(totals[at] + kinds[at])
+        if r < totals[at]:
+            return int(keys[i + np.searchsorted(counts[i:i + u].cumsum(), r, side="right")] & np.uint64(255))
+    return int(rng.integers(256))
 
 # %% ../../nbs/3_training/11_code.ipynb #5486261e
 def kind_table(
