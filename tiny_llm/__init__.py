@@ -28,7 +28,7 @@ _home = {name: module for module, names in {
     "text.large_corpora":       "LargeBatches",
     "training.folder":          "load save",
     "training.audit":           "audit",
-    "training.code":            "ByteCounts byte_bits compressed_bits copied longest_match loss_by_kind_of_code parses",
+    "training.real_text":            "ByteCounts byte_bits compressed_bits copied longest_match loss_by_kind_of_code parses",
     "training.improvements":    "lr_range_test gradient_noise noise_scale",
     "training.doctor":          "doctor doctor_callback",
     "training.tune":            "tune",

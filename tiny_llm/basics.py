@@ -85,7 +85,8 @@ def _sign(self):
     with self.lock:
         loud, now, watched = [*takewhile(lambda one: not one.quiet, self.open)], self.clock(), _watched()
         self.due = self.last + (0.2 if self.bar else PAUSE / 2 if watched else PAUSE)
-        if now < self.due or not loud or os.environ.get("TINY_LLM_SIGNS") == "0" or os.environ.get("RANK", "0") != "0": return
+        silent = os.environ.get("TINY_LLM_SIGNS") == "0" or os.environ.get("RANK", "0") != "0"
+        if now < self.due or silent or not loud: return
         self.last, self.due = now, now + (0.2 if watched else PAUSE)
         text = ": ".join(filter(None, (one.words() for one in loud)))
         if loud[-1].place is None: text += f", {int(now - loud[-1].began)} s"

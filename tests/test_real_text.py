@@ -7,7 +7,7 @@ import pytest, torch
 from tiny_llm.basics import UserError
 from tiny_llm.text.sources import documents
 from tiny_llm.text.tokenizer import train_tokenizer
-from tiny_llm.training.code import (KINDS, ByteCounts, bits_by_kind, byte_bits, compressed_bits, copied, draw_texts, form, kinds_of_code, longest_match,
+from tiny_llm.training.real_text import (KINDS, ByteCounts, bits_by_kind, byte_bits, compressed_bits, copied, draw_texts, form, kinds_of_code, longest_match,
                                     loss_by_kind_of_code, parses)
 from tiny_llm.training.train import evaluate_loss
 from tiny_llm.transformer.model import Transformer, preset
