@@ -258,7 +258,8 @@ def train_rows(
             *loss_rows(s.get("val")), ("run folder", run.folder), ("model folder", run.folder / "best")]
 
 # %% ../../nbs/5_deployment/05_cli.ipynb #372737a0
-FOLLOW = dict(optimizer=["lr"], ctx=["batch"], preset=["ctx", "batch"], minutes=["compile"], steps=["compile"])
+FOLLOW = dict(data=["stream"], limit=["stream"], optimizer=["lr"], ctx=["batch"],
+              preset=["ctx", "batch"], minutes=["compile"], steps=["compile"])
 
 def settings_of(
     config,        # path of a settings file, or None
@@ -283,14 +284,13 @@ def read_text(
     tok,             # Tokenizer of the run that is resumed; None: one is trained
 ) -> tuple:          # (Tokenizer, Tokens to train on, documents held out or False)
     "What `train` needs to know of its text."
-    from tiny_llm.text.batches import tokenize
-    from tiny_llm.text.sources import train_and_held
-    from tiny_llm.text.tokenizer import tokenizer_for
+    from tiny_llm.text.large_corpora import TextStream, text_of, tokenized
     data = config.data or "stories"
-    docs, held = train_and_held(data, config.limit, config.seed, config.column)
-    tok = tok or tokenizer_for(docs, config.tokenizer, config.vocab_size)
-    tokens = tokenize(docs, tok)
-    note(f"{data}: {len(docs):,} documents, {tokens.n_bytes:,} bytes, {tokens.n_tokens:,} tokens of {len(tok):,}")
+    docs, held = text_of(data, config.limit, config.seed, config.column, config.stream)
+    tok, tokens = tokenized(docs, tok, config.tokenizer, config.vocab_size)
+    more = ", and more as it comes" if isinstance(tokens, TextStream) else ""
+    read = f"{len(tokens):,} documents, {tokens.n_bytes:,} bytes, {tokens.n_tokens:,} tokens of {len(tok):,}"
+    note(f"{data}: {read}{more}")
     tokens.require(config.ctx or 32)
     return tok, tokens, held
 
@@ -469,7 +469,7 @@ def chat(
 
 # %% ../../nbs/5_deployment/05_cli.ipynb #5735830f
 @command
-@takes_settings(but=["model", "betas", "preset", "vocab_size", "column"])
+@takes_settings(but=["model", "betas", "preset", "vocab_size", "column", "stream"])
 def finetune(
     model: str = None,        # model folder or run folder to begin with; left out: runs/quickstart
     out: str = "runs/chat",   # run folder to make

@@ -609,7 +609,7 @@ def _timed_step(t, loss):
     times = []
     for _ in range(3):
         start = time.perf_counter()
-        loss(t.model, t.batches[0].to(t.model.device), t.dtype).backward()
+        loss(t.model, t.batches[t.step * t.config.accumulate].to(t.model.device), t.dtype).backward()
         times.append(time.perf_counter() - start)
         t.opt.zero_grad()
     return min(times[1:]) * t.config.accumulate
