@@ -37,7 +37,7 @@ class Endless:
             yield f"On day {n} a duck saw {n * n} {self.words} and swam past {7 * n % 101} of them."
 
 
-TOK = train_tokenizer(islice(Endless()(), 500), 300)
+TOK = train_tokenizer(islice(Endless()(), 500), 290)
 def model(seed=0):
     torch.manual_seed(seed)
     return Transformer(preset("tiny", vocab_size=len(TOK), ctx=64, d_model=32))

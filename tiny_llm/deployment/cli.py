@@ -284,13 +284,10 @@ def read_text(
     tok,             # Tokenizer of the run that is resumed; None: one is trained
 ) -> tuple:          # (Tokenizer, Tokens to train on, documents held out or False)
     "What `train` needs to know of its text."
-    from tiny_llm.text.large_corpora import TextStream, text_of, tokenized
+    from tiny_llm.text.large_corpora import text_of, tokenized
     data = config.data or "stories"
     docs, held = text_of(data, config.limit, config.seed, config.column, config.stream)
-    tok, tokens = tokenized(docs, tok, config.tokenizer, config.vocab_size)
-    more = ", and more as it comes" if isinstance(tokens, TextStream) else ""
-    read = f"{len(tokens):,} documents, {tokens.n_bytes:,} bytes, {tokens.n_tokens:,} tokens of {len(tok):,}"
-    note(f"{data}: {read}{more}")
+    tok, tokens = tokenized(docs, tok, config.tokenizer, config.vocab_size, data)
     tokens.require(config.ctx or 32)
     return tok, tokens, held
 
@@ -383,12 +380,15 @@ def plan(
     device: str = "auto",     # auto, cpu, cuda, mps
     seconds: float = 20,      # of measuring
     past: str = None,         # finished run folders on the same text, with commas between; they say the loss
+    gpus: str = None,         # how many GPUs, such as 8,64: a table on paper, nothing is measured; batch is of one
+    gpu: str = None,          # other than peak=989e12,reached=0.4,memory=80e9,link=450e9,net=50e9,node=8,parallel=fsdp
     **kwargs,                 # settings of `TrainConfig`
 ):
-    "Memory, seconds per step and expected loss of a training on this machine, measured in seconds."
-    from tiny_llm.training.plan import forecast
+    "Memory, seconds per step and expected loss of a training on this machine, measured; on GPUs, reckoned."
+    from tiny_llm.training.plan import forecast, on_gpus
     check_number("seconds", seconds, whole=False)
     asked, _ = settings_of(config, kwargs, "plan")
+    if gpus or gpu: return print(on_gpus(asked, gpus, gpu, kwargs.get("vocab_size")))
     cfg, name = shape_of(asked, pick_device(device), asked.vocab_size)
     ahead = forecast(cfg, asked, device, seconds, past.split(",") if past else ())
     print(table([("model", name or "of the settings file"), *ahead.rows()]))

@@ -276,8 +276,13 @@ def tokenized(
     docs,                      # documents or TextStream
     tok=None,                  # Tokenizer; None: one is learnt
     kind="bpe", vocab_size=1024,   # as in `tokenizer_for`
+    name=None,                 # of the text, to be told of; None: not a word
 ) -> tuple:                    # (Tokenizer, Tokens or TextStream)
     "Documents as a run takes them."
     flows = isinstance(docs, TextStream)
     tok = tok or tokenizer_for(docs.head() if flows else docs, kind, vocab_size)
-    return tok, docs.of(tok) if flows else tokenize(docs, tok)
+    tokens, more = (docs.of(tok), ", and more as it comes") if flows else (tokenize(docs, tok), "")
+    if not name: return tok, tokens
+    told = f"{len(tokens):,} documents, {tokens.n_bytes:,} bytes, {tokens.n_tokens:,} tokens of {len(tok):,}"
+    note(f"{name}: {told}{more}")
+    return tok, tokens
