@@ -56,6 +56,18 @@ def test_a_pause_changes_no_bit(tmp_path, dtype, optimizer):
     assert all(torch.equal(a, b) for a, b in zip(weights(rest), last.parameters()))
 
 
+def test_what_is_timed_draws_no_chance(tmp_path):
+    "A run of minutes tries steps before its first one, and again when it goes on; its repeat does not. Dropout is the same in all of them."
+    def go_on(out, seed=0, **kw):
+        _, tok, docs = parts()
+        torch.manual_seed(seed)
+        model = Transformer(preset("tiny", vocab_size=len(tok), ctx=64, d_model=32, dropout=0.3))
+        return train(model, tok, docs, val=docs[:2], out=out, device="cpu", quiet=True, **kw)
+    go_on(tmp_path/"run", minutes=9, batch=2, dtype="float32", compile=False, threads=1, stop_at=3)
+    run = go_on(tmp_path/"run", seed=7, resume=True, stop_at=6)
+    assert all(torch.equal(a, b) for a, b in zip(weights(run), weights(go_on(tmp_path/"again", repeat=str(tmp_path/"run")))))
+
+
 SESSION = """
 import sys; sys.path.insert(0, sys.argv[3])
 import torch; torch.set_num_threads(1)

@@ -309,5 +309,5 @@ def on_gpus(
     seen = f"{config.steps:,} steps" if config.steps else "20 tokens per weight"
     head = [f"{config.preset or 'the model of the settings file'}: {N:,} parameters, {rows} x {cfg.ctx:,} tokens on "
             f"each GPU, {seen}{', blocks recomputed' if config.recompute else ''}",
-            "on paper, with AdamW: " + ", ".join(f"{n} {v if isinstance(v, str) else f'{v:g}'}" for n, v in how.items())]
+            "on paper, with AdamW: " + ", ".join(f"{n} {v:g}" if n != "parallel" else v for n, v in how.items())]
     return "\n".join([*head, "", *("  ".join(c.rjust(w) for c, w in zip(row, wide)) for row in cells)])

@@ -174,9 +174,7 @@ class Training:
         self.tenth, self.cost, self.looked = 0, 0.0, time.perf_counter()     # of the evaluations, for `evaluates`
         self.callbacks, self.events, self.quiet = [evaluates, logs, waits, notices, saves], [], True
         self.shares = [] if self.clock.budget or config.repeat else None    # of the run that is over, at each step
-        self.flows = isinstance(tokens, TextStream)
-        kind = StreamBatches if self.flows else LargeBatches
-        self.batches = kind(tokens, config.ctx, config.batch, config.seed, group.rank, group.world)
+        self.batches = _batches_of(tokens, config.ctx, config.batch, config.seed, group.rank, group.world)
         group.spread(model)
         self.dtype, self.peak, self.fingerprint = getattr(torch, config.dtype), None, None
         how = config.optimizer, config.lr, config.weight_decay, config.betas, self.dtype, config.ema
@@ -190,6 +188,11 @@ class Training:
         self.log_every = config.log_every or (min(10, max(1, self.clock.steps // 20)) if self.clock.steps else 10)
 
 # %% ../../nbs/3_training/05_train.ipynb #d9456820
+def _batches_of(tokens, *how): return (StreamBatches if isinstance(tokens, TextStream) else LargeBatches)(tokens, *how)
+
+@patch(as_prop=True)
+def flows(self: Training): return isinstance(self.batches, StreamBatches)
+
 @patch
 def emit(self: Training,
     event: str,      # begin, step, log, evaluate, save or end
@@ -659,7 +662,7 @@ def _run(t, name, made, stop_at, quiet, callbacks):
 def train(
     model,                # Transformer; trained in place
     tok,                  # Tokenizer
-    docs=None,            # documents (str, or (ids, weights) of chats), Tokens, TextStream, or a source; None: the config's
+    docs=None,            # documents (str, or (ids, weights) of chats), Tokens, TextStream, source; None: the config's
     config=None,          # TrainConfig, or the path of a settings file; None: its defaults
     *, val=None,          # documents to evaluate on, Tokens, or a source; None: held out of `docs`; False: none
     out=None,             # run folder; None: nothing is written
