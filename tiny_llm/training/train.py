@@ -299,7 +299,10 @@ def log(self: Training,
     if self.skipped: row["skipped"] = self.skipped
     memory = most_memory(self.model.device)
     self.since, self.moved = dict.fromkeys(since, 0.0), None
-    self.metrics.append(row | ({"memory": memory} if memory else {}) | more)
+    row |= ({"memory": memory} if memory else {}) | more
+    if more and self.metrics and self.metrics[-1]["step"] == self.step and "sample" in self.metrics[-1]:
+        row, self.whole_file = self.metrics.pop() | row, False       # a kill came between the last save and the summary
+    self.metrics.append(row)
     self.write_line()
     self.emit("evaluate" if "val" in more or "sample" in more else "log")
     return True
@@ -328,7 +331,7 @@ def evaluate(self: Training,
     dtype=None,   # of the products; None: that of training
 ):
     "Measure the loss on held-out documents, look at a sample; what follows is for the callbacks."
-    ctx, model = self.config.ctx, self.model
+    ctx, model = self.config.ctx, self.model.eval()      # without dropout, which would draw from the run's chances
     with self.averaged():
         more = dict(sample=glimpse(model, self.tok, seed=self.config.seed, group=self.group))
         if self.val is not None:
@@ -339,6 +342,7 @@ def evaluate(self: Training,
         if self.config.entropy:
             few = Batches(self.batches.tokens if self.val is None else self.val, ctx, 4).take(range(-3, 1))
             more["entropy"] = layer_entropies(model, few.to(model.device))
+    model.train()
     better = self.val is None or more["val"] < self.best
     if better: self.best, self.best_step = more.get("val", math.inf), self.step
     self.looked_step = self.step
