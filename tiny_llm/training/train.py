@@ -294,13 +294,12 @@ def log(self: Training,
         row |= dict(loss=since["loss"] / since["weight"], lr=self.opt.lr, grad_norm=self.grad_norm,
                     tokens_per_s=round(rate))
         if self.moved: row["update_ratio"] = self.moved
-        operations = flops_per_token(self.model.cfg, self.config.ctx)
-        if self.peak: row["peak_share"] = round(rate * operations / self.peak, 4)
+        if self.peak: row["peak_share"] = round(rate * flops_per_token(self.model.cfg, self.config.ctx) / self.peak, 4)
     if self.skipped: row["skipped"] = self.skipped
     memory = most_memory(self.model.device)
     self.since, self.moved = dict.fromkeys(since, 0.0), None
     row |= ({"memory": memory} if memory else {}) | more
-    if more and self.metrics and self.metrics[-1]["step"] == self.step and "sample" in self.metrics[-1]:
+    if "sample" in more and self.metrics and self.metrics[-1]["step"] == self.step and "sample" in self.metrics[-1]:
         row, self.whole_file = self.metrics.pop() | row, False       # a kill came between the last save and the summary
     self.metrics.append(row)
     self.write_line()
