@@ -144,6 +144,20 @@ def test_tune(watch):
     assert call["began"] > 0 and (call["cfg"].d_model, call["cfg"].ctx) == (64, 32)
 
 
+def test_the_setting_reaches_whoever_reads(monkeypatch, tmp_path):
+    from tiny_llm.text import large_corpora
+    asked = []
+    def told(*args): asked.append(args) or (_ for _ in ()).throw(UserError("read"))
+    monkeypatch.setattr(large_corpora, "text_of", told)
+    for line in ("train --stream", "train --no_stream", "train", "tune --stream"):
+        assert cli.try_line(f"{line} --data d --limit 7 --seed 3 --column c --preset tiny --out nowhere/r --device cpu", show=False)[0] == 2
+    assert asked == [("d", 7, 3, "c", stream) for stream in (True, False, None, True)]
+    past = to_dict(TrainConfig(steps=5, stream=False, model=SHAPE, vocab_size=300, data="e"))
+    (tmp_path/"config.json").write_text(json.dumps(past | dict(made=dict(source="e"))))
+    for line in ("", "--data d", "--limit 7"): assert cli.try_line(f"train --config {tmp_path}/config.json {line} --out nowhere/r --device cpu", show=False)[0] == 2
+    assert [a[-1] for a in asked[4:]] == [False, None, None], "another text is looked at anew"
+
+
 def test_words_of_the_line():
     assert cli.parse_options(cli.train, ["--no_compile"]) == cli.parse_options(cli.train, ["--no-compile"]) == dict(compile=False)
     assert cli.parse_options(cli.train, ["--compile", "--steps", "3"]) == dict(compile=True, steps=3)

@@ -320,12 +320,3 @@ def test_a_stage_of_a_pipeline_streams(crawl, tmp_path):
     for more in dict(epochs=1), dict(tokens=99):
         with pytest.raises(UserError, match="has stream, which is for stages of kind train with steps or minutes"):
             read_stages(SHARED | dict(stages=[{n: v for n, v in STAGE.items() if n != "steps"} | more]))
-
-
-def test_the_setting_reaches_whoever_reads(monkeypatch):
-    asked = []
-    def told(*args): asked.append(args) or (_ for _ in ()).throw(UserError("read"))
-    monkeypatch.setattr(large_corpora, "text_of", told)
-    for line in ("train --stream", "train --no_stream", "train", "tune --stream"):
-        assert cli.try_line(f"{line} --data d --limit 7 --seed 3 --column c --preset tiny --out nowhere/r --device cpu", show=False)[0] == 2
-    assert asked == [("d", 7, 3, "c", stream) for stream in (True, False, None, True)]
