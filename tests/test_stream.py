@@ -15,7 +15,7 @@ from tiny_llm.deployment import cli
 from tiny_llm.text import large_corpora, sources
 from tiny_llm.text.batches import Batches, tokenize
 from tiny_llm.text.large_corpora import START, StreamBatches, TextStream, text_of, tokenized
-from tiny_llm.text.sources import documents, read, train_and_held
+from tiny_llm.text.sources import documents, read
 from tiny_llm.text.stories import stories
 from tiny_llm.text.tokenizer import train_tokenizer
 from tiny_llm.training.doctor import doctor
@@ -117,17 +117,15 @@ def test_a_small_source_is_what_it_was(tmp_path, monkeypatch, source, limit, see
     monkeypatch.chdir(tmp_path)
     Path("few.txt").write_text("A duck. " * 400)
     Path("many.jsonl").write_text("".join(json.dumps(dict(text=d)) + "\n" for d in islice(Endless()(), 900)))
-    assert text_of(source, limit, seed) == train_and_held(source, limit, seed)
-    docs, held = text_of(source, limit, seed, hold=False)
-    assert docs == documents(source, "train", limit, seed) and held is False
+    assert text_of(source, limit, seed) == documents(source, "train", limit, seed)
 
 
 def test_stories_without_end(tmp_path, monkeypatch):
     "Streamed if that is asked for: past the 20,000, with their floor; cut at 20,000 else."
     monkeypatch.setitem(sources.LIMITS, "train", 30)
-    assert len(text_of("stories")[0]) == 30
-    flow, held = text_of("stories", stream=True)
-    assert held is None and len(set(islice(flow.read(), 100))) == 100
+    assert len(text_of("stories")) == 30
+    flow = text_of("stories", stream=True)
+    assert len(set(islice(flow.read(), 100))) == 100
     tok = train_tokenizer(stories(60), 300)
     torch.manual_seed(0)
     run = train(Transformer(preset("tiny", vocab_size=len(tok), ctx=64, d_model=32)), tok, "stories", stream=True, steps=2, **QUICK)
@@ -140,10 +138,10 @@ def test_the_hub_is_not_cut(monkeypatch):
     monkeypatch.setattr(sources, "_place", lambda name, pick=None: (name, {"train": lambda: [(name, iter(rows))]}, True))
     monkeypatch.setitem(sources.LIMITS, "train", 1000)
     whole = len(documents([r["text"] for r in rows]))
-    assert len(documents("owner/name")) == 1000 and len(text_of("owner/name")[0]) == whole > 2000
+    assert len(documents("owner/name")) == 1000 and len(text_of("owner/name")) == whole > 2000
     monkeypatch.setattr(large_corpora, "WHOLE", 30_000)
-    assert len(list(text_of("owner/name")[0].read())) == whole
-    assert len(text_of("owner/name", stream=False)[0]) == 1000
+    assert len(list(text_of("owner/name").read())) == whole
+    assert len(text_of("owner/name", stream=False)) == 1000
 
 
 def test_one_pass_is_not_enough():

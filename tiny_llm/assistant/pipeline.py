@@ -16,8 +16,8 @@ import yaml
 
 from ..basics import COLORS, UserError, did_you_mean, figure, note, owned, pick_device, taken, write_file
 from ..transformer.model import Transformer, preset
-from ..text.large_corpora import LargeBatches, text_of, tokenized
-from ..text.sources import documents
+from ..text.large_corpora import LargeBatches, TextStream, text_of, tokenized
+from ..text.sources import documents, held_with
 from ..text.tokenizer import check_tokenizer
 from ..training.config import TrainConfig, changed, check_number, numbers_read, read_config
 from ..training.folder import load, read_sealed, save, write_sealed
@@ -157,12 +157,13 @@ def steps_of(
 
 # %% ../../nbs/4_assistant/07_pipeline.ipynb #f00072a6
 def _text(stage, tok, ctx, quiet):
-    "(Tokenizer, Tokens to train on, what is held out or False) of a stage; `tok`: None in the first."
+    "(Tokenizer, Tokens to train on, what is held out; False: nothing, None: the stream has it) of a stage; `tok`: None in the first."
     c = stage.config
     if stage.kind == "finetune": return tok, *to_learn(c.data, tok, ctx, None, (), c.limit, c.seed, quiet)
-    stream = False if stage.epochs or stage.tokens else c.stream       # to count rows, all must be known
-    docs, held = text_of(c.data, c.limit, c.seed, c.column, stream)
-    return *tokenized(docs, tok, c.tokenizer, c.vocab_size), held
+    how = c.limit, c.seed, c.column
+    docs = text_of(c.data, *how, False if stage.epochs or stage.tokens else c.stream)     # to count rows: all of it
+    tok, tokens = tokenized(docs, tok, c.tokenizer, c.vocab_size)
+    return tok, tokens, None if isinstance(docs, TextStream) else held_with(c.data, *how)
 
 # %% ../../nbs/4_assistant/07_pipeline.ipynb #d1c4884a
 def _run_stage(stages, n, folder, device, quiet, callbacks):

@@ -282,14 +282,15 @@ def settings_of(
 def read_text(
     config: TrainConfig,
     tok,             # Tokenizer of the run that is resumed; None: one is trained
-) -> tuple:          # (Tokenizer, Tokens to train on, documents held out or False)
+) -> tuple:          # (Tokenizer, Tokens to train on, documents held out; False: none, None: the stream has them)
     "What `train` needs to know of its text."
-    from tiny_llm.text.large_corpora import text_of, tokenized
-    data = config.data or "stories"
-    docs, held = text_of(data, config.limit, config.seed, config.column, config.stream)
+    from tiny_llm.text.large_corpora import TextStream, text_of, tokenized
+    from tiny_llm.text.sources import held_with
+    data, how = config.data or "stories", (config.limit, config.seed, config.column)
+    docs = text_of(data, *how, config.stream)
     tok, tokens = tokenized(docs, tok, config.tokenizer, config.vocab_size, data)
     tokens.require(config.ctx or 32)
-    return tok, tokens, held
+    return tok, tokens, None if isinstance(tokens, TextStream) else held_with(data, *how)
 
 # %% ../../nbs/5_deployment/05_cli.ipynb #c1402c35
 def shape_of(

@@ -258,8 +258,7 @@ def text_of(
     limit=None,          # documents at most
     seed=0, column=None, # as in `read`
     stream=None,         # True: read while training; False: read now; None: as its size is
-    hold=True,           # False: nothing is held out
-):                       # (documents or TextStream, documents held out); False: none, None: the stream has them
+):                       # documents or TextStream
     "What a run reads of a source."
     flow, name = TextStream(source, limit, seed, column), str(source)
     mixture = isinstance(source, dict) or "=" in name and not exists(name)
@@ -267,10 +266,9 @@ def text_of(
     if not stream:
         docs = read(source, "train", most, seed, column)
         some = list(docs if stream is False else up_to(docs, WHOLE))
-        less = limit and max(1, limit // 20)
-        if next(docs, None) is None: return some, hold and held_out(source, less, seed, column) or False
+        if next(docs, None) is None: return some
         note(f"{name}: more than {WHOLE:,} characters; read while the model trains (--no_stream: before it)")
-    return flow, None
+    return flow
 
 def tokenized(
     docs,                      # documents or TextStream

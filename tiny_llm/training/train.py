@@ -24,7 +24,7 @@ from ..transformer.sizes import flops_per_token
 from ..transformer.huggingface import family
 from ..text.batches import Batches, Tokens, tokenize
 from ..text.large_corpora import LargeBatches, StreamBatches, TextStream, text_of, tokenized
-from ..text.sources import documents, train_and_held
+from ..text.sources import documents, held_with
 from .optim import clip_gradients, make_optimizer, schedule
 from .config import (TrainConfig, changed, check_number, config_of, read_config, requested, resumed,
                                       split_record, takes_settings, to_dict)
@@ -481,7 +481,8 @@ def _split(
     elif val is None and isinstance(docs, list) and len(docs) > 1 and not isinstance(docs[0], str):
         held = set(random.Random(seed).sample(range(len(docs)), max(1, len(docs) // 20)))   # a file may be sorted
         docs, val = ([d for i, d in enumerate(docs) if (i in held) == wanted] for wanted in (False, True))
-    elif val is None and not isinstance(docs, (Tokens, TextStream)): docs, val = train_and_held(docs)
+    elif val is None and not isinstance(docs, (Tokens, TextStream)):
+        docs, val = documents(docs, "train"), held_with(docs)
     if isinstance(docs, (str, Path)): docs = documents(docs, "train")
     return docs, None if val is False else val
 
@@ -630,8 +631,8 @@ def _training(docs, val, tok, floor, began, asked, group=ALONE):
     if name and made is None: config = replace(config, data=name)
     if name:
         less = dict(limit=config.limit, column=config.column) if docs is None else {}
-        source, held = text_of(name, **less, stream=config.stream, hold=val is None)
-        val = held if val is None else val
+        source = text_of(name, **less, stream=config.stream)
+        if val is None and not isinstance(source, TextStream): val = held_with(name, **less)
     cap = config.eval_tokens or min(65536, max(4096, int((config.minutes or 2) * 8_000)))       # it should take seconds
     tokens, held, least = train_and_val(source, val, tok, cap, config.seed)
     if made is None: config = replace(config, stream=isinstance(tokens, TextStream))
