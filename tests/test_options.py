@@ -134,7 +134,8 @@ def test_plan(watch):
 
 
 def test_tune(watch):
-    watch("text.large_corpora", read=lambda **kw: iter(DUCKS), held_out=["held"])
+    watch("text.large_corpora", read=lambda **kw: iter(DUCKS))
+    watch("text.sources", held_out=["held"])
     calls = watch("training.tune", tune=SimpleNamespace(rows=lambda: [("best trial", "7")]))
     assert "best trial" in fine("tune --data d.txt --preset tiny --ctx 32 --vocab_size 300 --batch 3 --seed 6 --device cpu --out r --minutes 2 --trials 9 "
                                 "--trial_steps 11 --trial_minutes 0.5 --search lr --sampler random")
@@ -173,7 +174,8 @@ def test_text_on_a_line_is_read_whatever_the_locale(monkeypatch):
 @pytest.fixture
 def fit(watch):
     "What `train` of the command line calls; its text is 40 documents, and one held out."
-    watch("text.large_corpora", read=lambda **kw: iter(DUCKS), held_out=["held"])
+    watch("text.large_corpora", read=lambda **kw: iter(DUCKS))
+    watch("text.sources", held_out=["held"])
     return watch("training.train", train=run())
 
 

@@ -260,7 +260,7 @@ def text_of(
     stream=None,         # True: read while training; False: read now; None: as its size is
 ):                       # documents or TextStream
     "What a run reads of a source."
-    flow, name = TextStream(source, limit, seed, column), str(source)
+    name = str(source)
     mixture = isinstance(source, dict) or "=" in name and not exists(name)
     most = limit or (None if name == "stories" or mixture or stream is False else sys.maxsize)
     if not stream:
@@ -268,7 +268,7 @@ def text_of(
         some = list(docs if stream is False else up_to(docs, WHOLE))
         if next(docs, None) is None: return some
         note(f"{name}: more than {WHOLE:,} characters; read while the model trains (--no_stream: before it)")
-    return flow
+    return TextStream(source, limit, seed, column)
 
 def tokenized(
     docs,                      # documents or TextStream
