@@ -157,7 +157,7 @@ def steps_of(
 
 # %% ../../nbs/4_assistant/07_pipeline.ipynb #f00072a6
 def _text(stage, tok, ctx, quiet):
-    "(Tokenizer, what to train on, what is held out: False nothing, None by the stream) of a stage; `tok`: None in the first."
+    "(Tokenizer, Tokens or stream, what is held out; None: the stream has it) of a stage; `tok`: None in the first."
     c = stage.config
     if stage.kind == "finetune": return tok, *to_learn(c.data, tok, ctx, None, (), c.limit, c.seed, quiet)
     how = c.limit, c.seed, c.column
