@@ -13,6 +13,7 @@ import tiny_llm.assistant.chat, tiny_llm.assistant.finetune, tiny_llm.text.clean
 
 DONE = dict(stopped="finished", dtype="float32", compiled=False, device="cpu", params=1, tokens=8, step=2, seconds=30.0, tokens_per_s=1.0)
 TOLD, TALKED = dict(n=7, ok=0.0, kinds={}, tokens_per_second=1.0), dict(n=7, share=0.0, faults={})
+DUCKS = [f"{n} little ducks went swimming one day" for n in range(40)]
 SHAPE = dict(vocab_size=300, ctx=32, d_model=16, n_layers=1, n_heads=2)
 
 
@@ -133,7 +134,8 @@ def test_plan(watch):
 
 
 def test_tune(watch):
-    watch("text.sources", documents=[f"{n} little ducks went swimming one day" for n in range(40)], held_out=["held"])
+    watch("text.large_corpora", read=lambda **kw: iter(DUCKS))
+    watch("text.sources", held_out=["held"])
     calls = watch("training.tune", tune=SimpleNamespace(rows=lambda: [("best trial", "7")]))
     assert "best trial" in fine("tune --data d.txt --preset tiny --ctx 32 --vocab_size 300 --batch 3 --seed 6 --device cpu --out r --minutes 2 --trials 9 "
                                 "--trial_steps 11 --trial_minutes 0.5 --search lr --sampler random")
@@ -141,6 +143,20 @@ def test_tune(watch):
     agrees(call, val=["held"], device="cpu", out="r", minutes=2.0, trials=9, trial_steps=11, trial_minutes=0.5, search="lr", sampler="random", seed=6, resume=False)
     agrees(to_dict(call["config"]), data="d.txt", preset="tiny", ctx=32, vocab_size=300, batch=3, seed=6, minutes=None, steps=None)
     assert call["began"] > 0 and (call["cfg"].d_model, call["cfg"].ctx) == (64, 32)
+
+
+def test_the_setting_reaches_whoever_reads(monkeypatch, tmp_path):
+    from tiny_llm.text import large_corpora
+    asked = []
+    def told(*args): asked.append(args) or (_ for _ in ()).throw(UserError("read"))
+    monkeypatch.setattr(large_corpora, "text_of", told)
+    for line in ("train --stream", "train --no_stream", "train", "tune --stream"):
+        assert cli.try_line(f"{line} --data d --limit 7 --seed 3 --column c --preset tiny --out nowhere/r --device cpu", show=False)[0] == 2
+    assert asked == [("d", 7, 3, "c", stream) for stream in (True, False, None, True)]
+    past = to_dict(TrainConfig(steps=5, stream=False, model=SHAPE, vocab_size=300, data="e"))
+    (tmp_path/"config.json").write_text(json.dumps(past | dict(made=dict(source="e"))))
+    for line in ("", "--data d", "--limit 7"): assert cli.try_line(f"train --config {tmp_path}/config.json {line} --out nowhere/r --device cpu", show=False)[0] == 2
+    assert [a[-1] for a in asked[4:]] == [False, None, None], "another text is looked at anew"
 
 
 def test_words_of_the_line():
@@ -158,7 +174,8 @@ def test_text_on_a_line_is_read_whatever_the_locale(monkeypatch):
 @pytest.fixture
 def fit(watch):
     "What `train` of the command line calls; its text is 40 documents, and one held out."
-    watch("text.sources", documents=[f"{n} little ducks went swimming one day" for n in range(40)], held_out=["held"])
+    watch("text.large_corpora", read=lambda **kw: iter(DUCKS))
+    watch("text.sources", held_out=["held"])
     return watch("training.train", train=run())
 
 
@@ -167,7 +184,7 @@ def test_train(fit, watch):
     from tiny_llm.transformer.model import Transformer
     assert "is not the one of" not in fine("train --data d.txt --steps 5 --preset tiny --ctx 32 --vocab_size 300 --batch 3 --lr 0.5 --seed 6 --limit 45 --column text --device cpu --out r")
     calls = dict(fit)
-    agrees(calls["documents"], source="d.txt", split="train", limit=45, seed=6, column="text")
+    agrees(calls["read"], source="d.txt", split="train", limit=45, seed=6, column="text")
     agrees(calls["held_out"], source="d.txt", limit=2, seed=6, column="text")
     agrees(calls["train"], val=["held"], device="cpu", resume=False)
     agrees(to_dict(calls["train"]["config"]), data="d.txt", steps=5, minutes=None, preset="tiny", ctx=32, vocab_size=300, batch=3, lr=0.5, seed=6, limit=45, column="text")
@@ -193,7 +210,7 @@ def test_train_goes_on(fit, watch):
     watch("training.run", past_run=(TrainConfig(steps=5, model=SHAPE, vocab_size=300, data="d.txt", seed=6), {}))
     fine("train --out r --resume --log_every 3 --save_every 4 --device cpu")
     agrees(dict(fit)["train"], resume=True, log_every=3, save_every=4, config=None)
-    agrees(dict(fit)["documents"], seed=6)
+    agrees(dict(fit)["read"], seed=6)
 
 
 @pytest.mark.parametrize("past", [None, (TrainConfig(steps=5, seed=6, data="c.jsonl", limit=45), dict(began_with="S"))], ids=["new", "goes on"])

@@ -9,8 +9,9 @@ from test_resume import one_thread       # noqa: F401, the fixture holds here to
 from tiny_llm.basics import UserError
 from tiny_llm.deployment import cli
 from tiny_llm.training.config import TrainConfig
-from tiny_llm.training.plan import expected_loss, forecast, line_through, training_bytes
+from tiny_llm.training.plan import expected_loss, forecast, line_through, on_gpus, training_bytes
 from tiny_llm.training.run import Run
+from tiny_llm.training.scale import on_paper
 from tiny_llm.transformer.model import Transformer, preset
 
 
@@ -114,3 +115,39 @@ def test_five_presets_take_the_memory_that_was_forecast(name, ctx):
     real = json.loads(said)
     print(f"{name}: {f.seconds_per_step:.3f} s forecast, {real['seconds']:.3f} s taken; {f.memory / 1e6:.0f} MB forecast, {real['bytes'] / 1e6:.0f} MB taken")
     assert abs(f.memory / real["bytes"] - 1) < 0.2
+
+
+# On paper ------------------------------------------------------------------------------------------------------------
+
+def test_on_gpus_is_what_the_arithmetic_says():
+    "Each setting reaches `on_paper`; days for given steps, or for 20 tokens per weight."
+    config = TrainConfig(preset="small-llm-4b", batch=3, ctx=1024, recompute=True)
+    lines = on_gpus(config, "8, 64", "memory=24e9,peak=1e14,parallel=ddp,node=4,size=2", vocab_size=32_000).splitlines()
+    cfg = preset("small-llm-4b", ctx=1024, vocab_size=32_000)
+    for n, line in zip((8, 64), lines[-2:], strict=True):
+        p = on_paper(cfg, n, 3, "ddp", True, peak=1e14, memory=24e9, node=4, size=2)
+        assert line.split() == [str(n), f"{p['total'] / 1e9:,.1f}", "no", f"{p['seconds']:.3g}", f"{p['messages'] / p['products']:.2f}", f"{p['of_peak']:.0%}",
+                                f"{p['tokens_per_s']:,.0f}", f"{20 * p['params'] / p['tokens_per_s'] / 86_400:,.3g}"]
+    assert f"{p['params']:,} parameters, 3 x 1,024 tokens" in lines[0] and "recomputed" in lines[0] and "node 4" in lines[1]
+    steps = on_gpus(replace(config, steps=1000), "64").splitlines()[-1].split()
+    assert float(steps[-1]) == pytest.approx(1000 * on_paper(preset("small-llm-4b", ctx=1024), 64, 3, recompute=True)["seconds"] / 86_400, rel=5e-3)
+    shape = on_gpus(TrainConfig(model=dict(vocab_size=300, ctx=32, d_model=16, n_layers=1, n_heads=2)), "1").splitlines()
+    assert "1 x 32 tokens" in shape[0] and shape[-1].split()[2] == "yes"
+
+
+@pytest.mark.parametrize("gpus, gpu, more, words", [
+    ("8", None, dict(preset=None), "name a preset"), ("8,x", None, {}, "give numbers with commas"), ("0", None, {}, "gpus is 0"), (None, "node=4", {}, "say with gpus how many"),
+    ("8", "memroy=8e9", {}, "Did you mean 'memory'"), ("8", "memory=80GB", {}, "give a number"), ("8", "node=1.5", {}, "whole number"), ("8", "peak=-1", {}, "peak is -1"),
+    ("8", "parallel=dpp", {}, "choose one of ddp, fsdp"), ("8", None, dict(accumulate=2), "leave accumulate out")])
+def test_a_table_that_cannot_be_made_says_so(gpus, gpu, more, words):
+    with pytest.raises(UserError, match=words): on_gpus(TrainConfig(**dict(preset="tiny") | more), gpus, gpu)
+
+
+def test_plan_on_paper_measures_nothing(monkeypatch):
+    import tiny_llm.training.plan as module
+    for name in ("forecast", "plan", "trial"): monkeypatch.setattr(module, name, None)
+    code, out, err = cli.try_line("plan --preset small-llm-7b --ctx 512 --batch 2 --gpus 8,512 --gpu reached=0.5 --vocab_size 1000", show=False)
+    assert code == 0, err
+    want = on_gpus(TrainConfig(preset="small-llm-7b", ctx=512, batch=2), "8,512", "reached=0.5", 1000)
+    assert out == want + "\n"
+    assert cli.try_line("plan --preset tiny --gpu node=4", show=False)[0] == 2

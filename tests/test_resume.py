@@ -56,6 +56,39 @@ def test_a_pause_changes_no_bit(tmp_path, dtype, optimizer):
     assert all(torch.equal(a, b) for a, b in zip(weights(rest), last.parameters()))
 
 
+def test_what_is_timed_draws_no_chance(tmp_path):
+    "A run of minutes tries steps before its first one, and again when it goes on; its repeat does not. Dropout is the same in all of them."
+    def go_on(out, seed=0, **kw):
+        _, tok, docs = parts()
+        torch.manual_seed(seed)
+        model = Transformer(preset("tiny", vocab_size=len(tok), ctx=64, d_model=32, dropout=0.3))
+        return train(model, tok, docs, val=docs[:2], out=out, device="cpu", quiet=True, **kw)
+    go_on(tmp_path/"run", minutes=9, batch=2, dtype="float32", compile=False, threads=1, stop_at=3)
+    run = go_on(tmp_path/"run", seed=7, resume=True, stop_at=6)
+    assert all(torch.equal(a, b) for a, b in zip(weights(run), weights(go_on(tmp_path/"again", repeat=str(tmp_path/"run")))))
+
+
+@pytest.mark.parametrize("last", [0, 12], ids=["before the first step", "after the last one"])
+def test_cut_off_between_a_save_and_what_follows(tmp_path, last):
+    "At either end of a run an evaluation is made again when it goes on: no line twice, and dropout draws what it would have drawn."
+    class Cut(Exception): pass
+    def cut(event, t):
+        if event == "save" and t.step == last: raise Cut
+    def go_on(out, seed=0, **kw):
+        _, tok, docs = parts()
+        torch.manual_seed(seed)
+        model = Transformer(preset("tiny", vocab_size=len(tok), ctx=64, d_model=32, dropout=0.3))
+        return train(model, tok, docs, val=docs[:2], out=out, device="cpu", quiet=True, **kw)
+    settings = dict(steps=12, batch=2, dtype="float32", compile=False, log_every=2, eval_every=5, ema=0.5)
+    whole = go_on(tmp_path/"whole", **settings)
+    with pytest.raises(Cut): go_on(tmp_path/"run", callbacks=[cut], **settings)
+    rest = go_on(tmp_path/"run", seed=7, resume=True)
+    assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(rest)))
+    kept = ("step", "tokens", "loss", "lr", "val", "sample")
+    lines = [[{n: r[n] for n in kept if n in r} for r in run.metrics] for run in (whole, rest, Run(tmp_path/"run"))]
+    assert lines[0] == lines[1] == lines[2] and [r["step"] for r in lines[0]] == [0, 2, 4, 5, 6, 8, 10, 12]
+
+
 SESSION = """
 import sys; sys.path.insert(0, sys.argv[3])
 import torch; torch.set_num_threads(1)

@@ -89,4 +89,10 @@ MUTANTS = [
     ("text.large_corpora", "if {**found, **about} == found: return", "if found: return", "an index of another corpus is taken"),
     ("text.large_corpora", "todo = todo[i[todo] >= n]", "todo = todo[i[todo] > n]", "the number n is a place"),
     ("text.large_corpora", "if self.n_rows <= self.many: return super().order(epoch, i)", "if self.n_rows <= self.many: return np.asarray(i)", "a small corpus is not shuffled"),
+    ("text.large_corpora", "return read(self.opened(), \"train\", **self.how)", "return read(self.opened(), \"all\", **self.how)", "a stream trains on what is held out"),
+    ("text.large_corpora", "if digest.hexdigest() == mark[\"sha256\"]: return docs, digest", "return docs, digest", "a stream goes on in another text"),
+    ("text.large_corpora", "batches.order(begin[\"part\"], some - begin[\"rows\"])", "batches.order(0, some - begin[\"rows\"])", "all parts of a stream have one order"),
+    ("text.large_corpora", "again = dict(epoch=mark[\"epoch\"] + 1, documents=0,", "again = dict(epoch=mark[\"epoch\"] + 1,", "a second reading passes over the first"),
+    ("text.large_corpora", "if next(docs, None) is None: return some", "if True: return some", "a long text is cut after its first characters"),
+    ("text.large_corpora", "[m for m in marks if m[\"rows\"] <= k * self.batch][-1]", "marks[-1]", "a mark behind the batch that comes next"),
 ]

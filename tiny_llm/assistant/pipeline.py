@@ -16,10 +16,9 @@ import yaml
 
 from ..basics import COLORS, UserError, did_you_mean, figure, note, owned, pick_device, taken, write_file
 from ..transformer.model import Transformer, preset
-from ..text.large_corpora import LargeBatches
+from ..text.large_corpora import LargeBatches, TextStream, text_of, tokenized
 from ..text.sources import documents, held_with
-from ..text.tokenizer import check_tokenizer, tokenizer_for
-from ..text.batches import tokenize
+from ..text.tokenizer import check_tokenizer
 from ..training.config import TrainConfig, changed, check_number, numbers_read, read_config
 from ..training.folder import load, read_sealed, save, write_sealed
 from ..training.run import ENDS, Run, finished, png_of, resolved
@@ -79,6 +78,8 @@ def _stage(given, nth):
         if "tokens" in given: check_number("tokens", given["tokens"])
         config = changed(TrainConfig(), **{n: v for n, v in given.items() if n in SETTINGS})
     except UserError as e: raise UserError(f"{where}: {e}") from None
+    if config.stream and (kind == "finetune" or given.keys() & {"epochs", "tokens"}):
+        raise UserError(f"{where} has stream, which is for stages of kind train with steps or minutes; leave it out")
     return Stage(name, kind, config, given.get("epochs"), given.get("tokens"), {**given, "name": name})
 
 # %% ../../nbs/4_assistant/07_pipeline.ipynb #a4ad4095
@@ -156,12 +157,13 @@ def steps_of(
 
 # %% ../../nbs/4_assistant/07_pipeline.ipynb #f00072a6
 def _text(stage, tok, ctx, quiet):
-    "(Tokenizer, Tokens to train on, what is held out or False) of a stage; `tok`: None in the first."
+    "(Tokenizer, Tokens or stream, what is held out; None: the stream has it) of a stage; `tok`: None in the first."
     c = stage.config
     if stage.kind == "finetune": return tok, *to_learn(c.data, tok, ctx, None, (), c.limit, c.seed, quiet)
-    docs = documents(c.data, "train", c.limit, c.seed, c.column)
-    tok = tok or tokenizer_for(docs, c.tokenizer, c.vocab_size)
-    return tok, tokenize(docs, tok), held_with(c.data, c.limit, c.seed, c.column)
+    how = c.limit, c.seed, c.column
+    docs = text_of(c.data, *how, False if stage.epochs or stage.tokens else c.stream)     # to count rows: all of it
+    tok, tokens = tokenized(docs, tok, c.tokenizer, c.vocab_size)
+    return tok, tokens, None if isinstance(docs, TextStream) else held_with(c.data, *how)
 
 # %% ../../nbs/4_assistant/07_pipeline.ipynb #d1c4884a
 def _run_stage(stages, n, folder, device, quiet, callbacks):

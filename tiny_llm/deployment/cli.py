@@ -257,7 +257,8 @@ def train_rows(
             *loss_rows(s.get("val")), ("run folder", run.folder), ("model folder", run.folder / "best")]
 
 # %% ../../nbs/5_deployment/05_cli.ipynb #372737a0
-FOLLOW = dict(optimizer=["lr"], ctx=["batch"], preset=["ctx", "batch"], minutes=["compile"], steps=["compile"])
+FOLLOW = dict(data=["stream"], limit=["stream"], optimizer=["lr"], ctx=["batch"],
+              preset=["ctx", "batch"], minutes=["compile"], steps=["compile"])
 
 def settings_of(
     config,        # path of a settings file, or None
@@ -280,18 +281,15 @@ def settings_of(
 def read_text(
     config: TrainConfig,
     tok,             # Tokenizer of the run that is resumed; None: one is trained
-) -> tuple:          # (Tokenizer, Tokens to train on, documents held out or False)
+) -> tuple:          # (Tokenizer, Tokens to train on, documents held out; False: none, None: the stream has them)
     "What `train` needs to know of its text."
-    from tiny_llm.text.batches import tokenize
-    from tiny_llm.text.sources import documents, held_with
-    from tiny_llm.text.tokenizer import tokenizer_for
+    from tiny_llm.text.large_corpora import TextStream, text_of, tokenized
+    from tiny_llm.text.sources import held_with
     data, how = config.data or "stories", (config.limit, config.seed, config.column)
-    docs = documents(data, "train", *how)
-    tok = tok or tokenizer_for(docs, config.tokenizer, config.vocab_size)
-    tokens = tokenize(docs, tok)
-    note(f"{data}: {len(docs):,} documents, {tokens.n_bytes:,} bytes, {tokens.n_tokens:,} tokens of {len(tok):,}")
+    docs = text_of(data, *how, config.stream)
+    tok, tokens = tokenized(docs, tok, config.tokenizer, config.vocab_size, data)
     tokens.require(config.ctx or 32)
-    return tok, tokens, held_with(data, *how)
+    return tok, tokens, None if isinstance(tokens, TextStream) else held_with(data, *how)
 
 # %% ../../nbs/5_deployment/05_cli.ipynb #c1402c35
 def shape_of(
@@ -383,12 +381,15 @@ def plan(
     device: str = "auto",     # auto, cpu, cuda, mps
     seconds: float = 20,      # of measuring
     past: str = None,         # finished run folders on the same text, with commas between; they say the loss
+    gpus: str = None,         # how many GPUs, such as 8,64: a table on paper, nothing is measured; batch is of one
+    gpu: str = None,          # other than peak=989e12,reached=0.4,memory=80e9,link=450e9,net=50e9,node=8,parallel=fsdp
     **kwargs,                 # settings of `TrainConfig`
 ):
-    "Memory, seconds per step and expected loss of a training on this machine, measured in seconds."
-    from tiny_llm.training.plan import forecast
+    "Memory, seconds per step and expected loss of a training on this machine, measured; on GPUs, reckoned."
+    from tiny_llm.training.plan import forecast, on_gpus
     check_number("seconds", seconds, whole=False)
     asked, _ = settings_of(config, kwargs, "plan")
+    if gpus or gpu: return print(on_gpus(asked, gpus, gpu, kwargs.get("vocab_size")))
     cfg, name = shape_of(asked, pick_device(device), asked.vocab_size)
     ahead = forecast(cfg, asked, device, seconds, past.split(",") if past else ())
     print(table([("model", name or "of the settings file"), *ahead.rows()]))
@@ -469,7 +470,7 @@ def chat(
 
 # %% ../../nbs/5_deployment/05_cli.ipynb #5735830f
 @command
-@takes_settings(but=["model", "betas", "preset", "vocab_size", "column"])
+@takes_settings(but=["model", "betas", "preset", "vocab_size", "column", "stream"])
 def finetune(
     model: str = None,        # model folder or run folder to begin with; left out: runs/quickstart
     out: str = "runs/chat",   # run folder to make

@@ -6,7 +6,7 @@
 __all__ = ['TEXT_KINDS', 'TABLE_KINDS', 'BLOCK_BYTES', 'PACKED', 'UNPACK', 'LATIN', 'CODINGS', 'WIDE_CODINGS', 'BOMS',
            'FIRST_BYTES', 'COLUMNS', 'DELIMITERS', 'PAUSES', 'SPLIT_NAMES', 'FEW', 'LITTLE', 'LIMITS', 'lines_of',
            'cut_documents', 'reason', 'kind_of', 'opened', 'guess_coding', 'read_text', 'placed', 'texts_of',
-           'json_rows', 'csv_rows', 'parquet_rows', 'read_files', 'find_files', 'exists', 'read', 'documents',
+           'json_rows', 'csv_rows', 'parquet_rows', 'read_files', 'find_files', 'exists', 'read', 'documents', 'up_to',
            'held_out', 'held_with', 'read_rows']
 
 # %% ../../nbs/2_text/07_sources.ipynb #c8208c04
@@ -843,15 +843,27 @@ def documents(
     "The documents of one split of a source, as a list. Splits that are made here share none."
     return list(_reading(source, limit).each(read(source, split, limit, seed, column)))
 
+# %% ../../nbs/2_text/07_sources.ipynb #834394ff
+def up_to(
+    docs,                 # iterable of str
+    chars: int | None,    # that are enough; None: all there are
+):                        # iterator of str
+    "Documents until they have so many characters."
+    for d in docs:
+        yield d
+        chars = chars and chars - len(d)
+        if chars is not None and chars <= 0: return
+
 # %% ../../nbs/2_text/07_sources.ipynb #a83b66cf
 def held_out(
     source="stories",          # as in `read`
     limit: int | None = None,  # documents at most
     seed: int = 0,             # as in `read`
     column: str | None = None,  # as in `read`
+    chars: int | None = None,  # characters that are enough
 ):                             # list of documents, or None
     "The documents of split val; None, and a line that says so, where there is too little text to hold any out."
-    found = list(_reading(source, limit).each(islice(_find(source, "val", limit, seed, column), limit)))
+    found = list(up_to(_reading(source, limit).each(islice(_find(source, "val", limit, seed, column), limit)), chars))
     if not found: note("too little text to hold some out: nothing is, and no loss is measured")
     return found or None
 

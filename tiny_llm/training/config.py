@@ -54,6 +54,7 @@ class TrainConfig:
     "Every setting of a training run. None: decided when the run begins."
     data: str = None            # the text: stories, python, a file, folder, dataset or mixture; None: stories
     limit: int = None           # documents at most; None: all
+    stream: bool = None         # read the text while training; None: if it has more than 64 million characters
     column: str = None          # column of the text in rows; None: the usual names
     tokenizer: str = "bpe"      # bpe, bytes, chars, or a model folder or tokenizer.json to reuse
     vocab_size: int = 1024      # tokens in the vocabulary

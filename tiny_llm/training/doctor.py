@@ -249,6 +249,7 @@ def _overfitting(f):
 
 def _repeats(f):
     size, seen = f.made.get("tokens"), f.last("tokens")
+    if f.config.stream: size = (f.summary.get("stream") or {}).get("size")      # None: its end was not met
     if not size or not seen or seen < 1.5 * size or len(f.vals) < 3: return
     (a, early), (_, late) = f.vals[1], f.vals[-1]
     gap, grown = late - _train_near(f, f.steps), late - _train_near(f, f.steps) - (early - _train_near(f, a))

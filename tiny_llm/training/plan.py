@@ -4,23 +4,25 @@
 
 # %% auto #0
 __all__ = ['RATIO', 'training_bytes', 'line_through', 'trial', 'Plan', 'plan', 'rehearsal', 'expected_loss', 'Forecast',
-           'forecast']
+           'forecast', 'gpu_of', 'on_gpus']
 
 # %% ../../nbs/3_training/13_plan.ipynb #b3addfba
 import json, math, subprocess, sys, tempfile, threading, time
 from dataclasses import asdict, dataclass, replace
+from inspect import signature
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from ..basics import UserError, alive, pick_device
+from ..basics import UserError, alive, did_you_mean, pick_device
 from ..transformer.model import ModelConfig, Transformer, own_presets, preset
 from ..transformer.sizes import count_params, kept_per_token, on_meta
 from ..text.batches import Tokens
-from .config import TrainConfig
+from .config import TrainConfig, check_number
 from .run import COMPILE_SECONDS, Clock, Run, can_compile, most_memory, resolved
 from .train import Training
+from .scale import PARALLEL, on_paper
 
 # %% ../../nbs/3_training/13_plan.ipynb #6678d5e0
 def training_bytes(
@@ -255,3 +257,59 @@ def forecast(
     seen = steps * b * config.ctx * config.accumulate
     return Forecast(config, n, a_step, int(max([memory, *(t["bytes"] for t in fast)])), training_bytes(cfg, config),
                     trials, steps, steps * a_step, expected_loss(past, n, seen))
+
+# %% ../../nbs/3_training/13_plan.ipynb #6edb904e
+def gpu_of(
+    text: str,   # such as memory=40e9,peak=312e12; None or "": none
+) -> dict:       # arguments of `on_paper`
+    "A GPU and its network, as a person writes them down."
+    usual = {n: p.default for n, p in signature(on_paper).parameters.items()
+             if n not in ("cfg", "processes", "rows", "recompute")}
+    found = {}
+    for part in text.split(",") if text else ():
+        name, _, value = (x.strip() for x in part.partition("="))
+        if name not in usual: raise UserError(f"gpu has no field {name!r}, only {', '.join(usual)}."
+                                              f"{did_you_mean(name, usual)}")
+        if name == "parallel":
+            if value not in PARALLEL: raise UserError(f"parallel is {value!r}; choose one of {', '.join(PARALLEL)}")
+            found[name] = value
+            continue
+        try: number = float(value)
+        except ValueError: raise UserError(f"gpu: {name} is {value!r}; give a number, as in memory=80e9") from None
+        check_number(name, number, whole=False)
+        if type(usual[name]) is int and number % 1: raise UserError(f"gpu: {name} is {value}; give a whole number")
+        found[name] = type(usual[name])(number)
+    return usual | found
+
+# %% ../../nbs/3_training/13_plan.ipynb #19913377
+def on_gpus(
+    config: TrainConfig,      # preset or model, ctx, batch (of one GPU; None: 1), recompute, steps
+    gpus: str,                # how many, with commas between
+    gpu: str = None,          # as in `gpu_of`
+    vocab_size: int = None,   # V; None: the preset's own
+) -> str:                     # a table
+    "What a training costs on so many GPUs, by arithmetic; nothing is measured."
+    if not gpus: raise UserError("gpu describes the GPUs of a table on paper; say with gpus how many, such as 8,64")
+    if not (config.preset or config.model): raise UserError("on paper no model is chosen; name a preset")
+    if config.accumulate > 1: raise UserError("on paper a step is one batch; leave accumulate out, or raise batch")
+    try: numbers = [int(n) for n in gpus.split(",")]
+    except ValueError: raise UserError(f"gpus is {gpus!r}; give numbers with commas between, as in 8,64") from None
+    for n in numbers:
+        check_number("gpus", n)
+    size = {n: v for n, v in dict(vocab_size=vocab_size, ctx=config.ctx).items() if v}
+    cfg = ModelConfig(**config.model | size) if config.model else preset(config.preset, **size)
+    how, rows = gpu_of(gpu), config.batch or 1
+    found = [on_paper(cfg, n, rows, recompute=config.recompute, **how) for n in numbers]
+    N = found[0]["params"]
+    cells = [("GPUs", "GB per GPU", "fits", "s per step", "messages/products", "of the peak", "tokens/s", "days")]
+    for n, p in zip(numbers, found):
+        days = (config.steps * p["tokens"] if config.steps else 20 * N) / p["tokens_per_s"] / 86_400
+        cells.append((f"{n:,}", f"{p['total'] / 1e9:,.1f}", "yes" if p["fits"] else "no", f"{p['seconds']:.3g}",
+                      f"{p['messages'] / p['products']:.2f}", f"{p['of_peak']:.0%}", f"{p['tokens_per_s']:,.0f}",
+                      f"{days:,.3g}"))
+    wide = [max(map(len, column)) for column in zip(*cells)]
+    seen = f"{config.steps:,} steps" if config.steps else "20 tokens per weight"
+    head = [f"{config.preset or 'the model of the settings file'}: {N:,} parameters, {rows} x {cfg.ctx:,} tokens on "
+            f"each GPU, {seen}{', blocks recomputed' if config.recompute else ''}",
+            "on paper, with AdamW: " + ", ".join(f"{n} {v:g}" if n != "parallel" else v for n, v in how.items())]
+    return "\n".join([*head, "", *("  ".join(c.rjust(w) for c, w in zip(row, wide)) for row in cells)])

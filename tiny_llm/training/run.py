@@ -593,13 +593,14 @@ def standard_error(
 
 # %% ../../nbs/3_training/04_run.ipynb #66e363af
 def _timed_step(t, loss):
-    "Seconds of one step of a Training with this loss, but for the optimizer's; no weight moves."
+    "Seconds of one step of a Training with this loss, but for the optimizer's; no weight moves, no chance is used up."
     times = []
-    for _ in range(3):
-        start = time.perf_counter()
-        loss(t.model, t.batches[0].to(t.model.device), t.dtype).backward()
-        times.append(time.perf_counter() - start)
-        t.opt.zero_grad()
+    with torch.random.fork_rng([t.model.device] if t.model.device.type == "cuda" else []):     # dropout draws, too
+        for _ in range(3):
+            start = time.perf_counter()
+            loss(t.model, t.batches[t.step * t.config.accumulate].to(t.model.device), t.dtype).backward()
+            times.append(time.perf_counter() - start)
+            t.opt.zero_grad()
     return min(times[1:]) * t.config.accumulate
 
 # %% ../../nbs/3_training/04_run.ipynb #61040264

@@ -23,7 +23,7 @@ from ..transformer.model import Transformer, n_params
 from ..transformer.sizes import flops_per_token
 from ..transformer.huggingface import family
 from ..text.batches import Batches, Tokens, tokenize
-from ..text.large_corpora import LargeBatches
+from ..text.large_corpora import LargeBatches, StreamBatches, TextStream, text_of, tokenized
 from ..text.sources import documents, held_with
 from .optim import clip_gradients, make_optimizer, schedule
 from .config import (TrainConfig, changed, check_number, config_of, read_config, requested, resumed,
@@ -175,7 +175,7 @@ class Training:
         self.tenth, self.cost, self.looked = 0, 0.0, time.perf_counter()     # of the evaluations, for `evaluates`
         self.callbacks, self.events, self.quiet = [evaluates, logs, waits, notices, saves], [], True
         self.shares = [] if self.clock.budget or config.repeat else None    # of the run that is over, at each step
-        self.batches = LargeBatches(tokens, config.ctx, config.batch, config.seed, group.rank, group.world)
+        self.batches = _batches_of(tokens, config.ctx, config.batch, config.seed, group.rank, group.world)
         group.spread(model)
         self.dtype, self.peak, self.fingerprint = getattr(torch, config.dtype), None, None
         how = config.optimizer, config.lr, config.weight_decay, config.betas, self.dtype, config.ema
@@ -189,6 +189,11 @@ class Training:
         self.log_every = config.log_every or (min(10, max(1, self.clock.steps // 20)) if self.clock.steps else 10)
 
 # %% ../../nbs/3_training/05_train.ipynb #d9456820
+def _batches_of(tokens, *how): return (StreamBatches if isinstance(tokens, TextStream) else LargeBatches)(tokens, *how)
+
+@patch(as_prop=True)
+def flows(self: Training): return isinstance(self.batches, StreamBatches)
+
 @patch
 def emit(self: Training,
     event: str,      # begin, step, log, evaluate, save or end
@@ -290,12 +295,14 @@ def log(self: Training,
         row |= dict(loss=since["loss"] / since["weight"], lr=self.opt.lr, grad_norm=self.grad_norm,
                     tokens_per_s=round(rate))
         if self.moved: row["update_ratio"] = self.moved
-        operations = flops_per_token(self.model.cfg, self.config.ctx)
-        if self.peak: row["peak_share"] = round(rate * operations / self.peak, 4)
+        if self.peak: row["peak_share"] = round(rate * flops_per_token(self.model.cfg, self.config.ctx) / self.peak, 4)
     if self.skipped: row["skipped"] = self.skipped
     memory = most_memory(self.model.device)
     self.since, self.moved = dict.fromkeys(since, 0.0), None
-    self.metrics.append(row | ({"memory": memory} if memory else {}) | more)
+    row |= ({"memory": memory} if memory else {}) | more
+    if "sample" in more and self.metrics and self.metrics[-1]["step"] == self.step and "sample" in self.metrics[-1]:
+        row, self.whole_file = self.metrics.pop() | row, False       # a kill came between the last save and the summary
+    self.metrics.append(row)
     self.write_line()
     self.emit("evaluate" if "val" in more or "sample" in more else "log")
     return True
@@ -324,7 +331,7 @@ def evaluate(self: Training,
     dtype=None,   # of the products; None: that of training
 ):
     "Measure the loss on held-out documents, look at a sample; what follows is for the callbacks."
-    ctx, model = self.config.ctx, self.model
+    ctx, model = self.config.ctx, self.model.eval()      # without dropout, which would draw from the run's chances
     with self.averaged():
         more = dict(sample=glimpse(model, self.tok, seed=self.config.seed, group=self.group))
         if self.val is not None:
@@ -335,6 +342,7 @@ def evaluate(self: Training,
         if self.config.entropy:
             few = Batches(self.batches.tokens if self.val is None else self.val, ctx, 4).take(range(-3, 1))
             more["entropy"] = layer_entropies(model, few.to(model.device))
+    model.train()
     better = self.val is None or more["val"] < self.best
     if better: self.best, self.best_step = more.get("val", math.inf), self.step
     self.looked_step = self.step
@@ -409,6 +417,7 @@ def checkpoint(self: Training,
     state = dict(elapsed=clock.seconds, lost=clock.lost, reserve=clock.reserve,
                  best=self.best if math.isfinite(self.best) else None, shares=self.shares,
                  **{name: getattr(self, name) for name in REMEMBERED})
+    if self.flows: state["stream"] = self.batches.mark_of(self.step * self.config.accumulate)
     what = self.model, self.tok, self.opt, state, run_card(self)
     try:
         self.group.write(self.place / "last", *what, self.place / ".previous")
@@ -442,6 +451,7 @@ def restore(self: Training):
         state = self.group.read_back(place / "last", self.model, self.tok, self.opt)
         for name in REMEMBERED:
             if name in state: setattr(self, name, state[name])        # earlier versions remembered less
+        if self.flows: self.batches.go_to(state["stream"])
         self.saved_step, self.shares = self.step, state.get("shares")       # None: of steps, or of an older version
         self.best = math.inf if state["best"] is None else state["best"]
         self.best_saved = self.best, self.best_step
@@ -467,12 +477,13 @@ def _split(
     seed,   # of the choice of conversations
 ):          # (documents or Tokens to train on, documents or Tokens to evaluate on, or None)
     "Documents given without `val` are split as `documents` splits a list; conversations, one in twenty is held out."
-    if not isinstance(docs, (str, Path, Tokens)): docs = list(docs)
+    if not isinstance(docs, (str, Path, Tokens, TextStream)): docs = list(docs)
     if isinstance(val, (str, Path)): val = documents(val, "val")
     elif val is None and isinstance(docs, list) and len(docs) > 1 and not isinstance(docs[0], str):
         held = set(random.Random(seed).sample(range(len(docs)), max(1, len(docs) // 20)))   # a file may be sorted
         docs, val = ([d for i, d in enumerate(docs) if (i in held) == wanted] for wanted in (False, True))
-    elif val is None and not isinstance(docs, Tokens): docs, val = documents(docs, "train"), held_with(docs)
+    elif val is None and not isinstance(docs, (Tokens, TextStream)):
+        docs, val = documents(docs, "train"), held_with(docs)
     if isinstance(docs, (str, Path)): docs = documents(docs, "train")
     return docs, None if val is False else val
 
@@ -485,8 +496,9 @@ def train_and_val(
     seed: int = 0,   # of the choice of conversations that are held out
 ):          # (Tokens to train on, Tokens to evaluate on or None, their floor in nats per token or None)
     "What to train on and what to hold out."
+    if isinstance(docs, TextStream) and val is None: val = docs.held(8 * cap)    # characters: more than cap tokens
     docs, val = _split(docs, val, seed)
-    tokens = docs if isinstance(docs, Tokens) else tokenize(docs, tok)
+    tokens = docs if isinstance(docs, Tokens) else tokenized(docs, tok)[1]
     if val is None or isinstance(val, Tokens): return tokens, val, None
     val = list(islice(val, max(4000, cap // 20)))     # enough for any cap; a source may be endless
     if not val: return tokens, None, None      # too little text to hold any out
@@ -571,7 +583,8 @@ def summary(self: Training,
                 tokens=self.tokens, seconds=self.clock.seconds,
                 train_loss=losses[-1] if losses else None, val=self.scores, best=best, tokens_per_s=self.rate(),
                 params=n_params(self.model), device=str(self.model.device), dtype=self.config.dtype,
-                compiled=bool(self.config.compile), threads=torch.get_num_threads(), optimizer=self.config.optimizer)
+                compiled=bool(self.config.compile), threads=torch.get_num_threads(), optimizer=self.config.optimizer,
+                **(dict(stream=self.batches.mark) if self.flows else {}))     # what was read of it
 
 # %% ../../nbs/3_training/05_train.ipynb #96239959
 @patch
@@ -617,11 +630,13 @@ def _training(docs, val, tok, floor, began, asked, group=ALONE):
     source = docs if docs is not None else config.data or "stories"
     name = str(source) if isinstance(source, (str, Path)) else None
     if name and made is None: config = replace(config, data=name)
-    if docs is None and (config.limit or config.column):
-        source = documents(name, "train", config.limit, column=config.column)
-        if val is None: val = held_with(name, config.limit, column=config.column)
+    if name:
+        less = dict(limit=config.limit, column=config.column) if docs is None else {}
+        source = text_of(name, **less, stream=config.stream)
+        if val is None and not isinstance(source, TextStream): val = held_with(name, **less)
     cap = config.eval_tokens or min(65536, max(4096, int((config.minutes or 2) * 8_000)))       # it should take seconds
     tokens, held, least = train_and_val(source, val, tok, cap, config.seed)
+    if made is None: config = replace(config, stream=isinstance(tokens, TextStream))
     clock = Clock(config.minutes, config.steps, began, shares_of(config.repeat, config.steps) if config.repeat else ())
     least = least if floor is None else floor
     return Training(model.to(device), tok, tokens, config, folder, held, least, clock, group), name, made
@@ -650,7 +665,7 @@ def _run(t, name, made, stop_at, bar, callbacks):
 def train(
     model,                # Transformer; trained in place
     tok,                  # Tokenizer
-    docs=None,            # documents (str, or (ids, weights) of chats), Tokens, or a source; None: that of the config
+    docs=None,            # documents (str, or (ids, weights) of chats), Tokens, TextStream, source; None: the config's
     config=None,          # TrainConfig, or the path of a settings file; None: its defaults
     *, val=None,          # documents to evaluate on, Tokens, or a source; None: held out of `docs`; False: none
     out=None,             # run folder; None: nothing is written
