@@ -20,7 +20,7 @@ from pathlib import Path
 from fastcore.meta import delegates
 
 from ..basics import UserError, did_you_mean, note, owned, pick_device, single_process, write_file
-from ..training.config import (FREE, TrainConfig, changed, check_number, config_of, read_config, requested,
+from ..training.config import (FREE, LORA, TrainConfig, changed, check_number, config_of, read_config, requested,
                                       resumed, split_record, takes_settings)
 from .quickstart import QUICK, clock, judged_rows, loss_rows, open_model, table
 
@@ -252,7 +252,7 @@ def train_rows(
     "What a run says of itself."
     s = run.summary
     how = f"{s['dtype']}{', compiled' if s['compiled'] else ''}, {s['device']}"
-    return [("parameters", f"{s['params']:,}"),
+    return [("parameters", f"{s['params']:,}"), ("  trained", f"{n:,}" if 0 < (n := s.get("trained", 0)) < s["params"] else None),
             ("tokens seen", f"{s['tokens']:,} in {s['step']:,} steps and {clock(s['seconds'])}"),
             ("speed", f"{s['tokens_per_s']:,.0f} tokens/s ({how})"),
             *loss_rows(s.get("val")), ("run folder", run.folder), ("model folder", run.folder / "best")]
@@ -319,7 +319,7 @@ def _known_fields(model, where):
 
 # %% ../../nbs/5_deployment/05_cli.ipynb #8f58fc74
 @command
-@takes_settings(but=["model", "betas"])
+@takes_settings(but=["model", "betas", *LORA])
 def train(
     out: str = "runs/train",   # run folder to make
     config: str = None,        # settings file, JSON or YAML, or a run's config.json; options on the line win
@@ -377,7 +377,7 @@ def _train(asked, made, config, given, out, device, resume, began, group):
 
 # %% ../../nbs/5_deployment/05_cli.ipynb #7314b9d8
 @command
-@takes_settings(but=["model", "betas"])
+@takes_settings(but=["model", "betas", *LORA])
 def plan(
     config: str = None,       # settings file, JSON or YAML; options on the line win
     device: str = "auto",     # auto, cpu, cuda, mps
@@ -395,7 +395,7 @@ def plan(
 
 # %% ../../nbs/5_deployment/05_cli.ipynb #b86b979d
 @command
-@takes_settings(but=["model", "betas", "steps", "repeat", "overfit_one_batch"])
+@takes_settings(but=["model", "betas", "steps", "repeat", "overfit_one_batch", *LORA])
 def tune(
     out: str = "runs/tune",       # folder to make: study.db, best.yaml, tune.png
     config: str = None,           # settings file to begin with, JSON or YAML; options on the line win

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 
 from ..basics import UserError, note, owned, pick_device, single_process, write_file
+from ..transformer.adapters import start_adapter
 from ..transformer.math import bits_per_byte, cross_entropy, softmax
 from ..transformer.model import Transformer, n_params
 from ..transformer.sizes import flops_per_token
@@ -28,7 +29,7 @@ from ..text.sources import documents, train_and_held
 from .optim import clip_gradients, make_optimizer, schedule
 from .config import (TrainConfig, changed, check_number, config_of, read_config, requested, resumed,
                                       split_record, takes_settings, to_dict)
-from .folder import fall_back, read_sealed, sweep, write_sealed
+from .folder import fall_back, keep_base, read_sealed, sweep, write_sealed
 from .run import (ALONE, Clock, Progress, Run, choose, compiled, disk_error, disk_errors, evaluates,
                                    layer_entropies, logs, most_memory, notices, outlook, past_run, peak, png_of,
                                    read_metrics, recompute, resolved, review, saves, shares_of, standard_error,
@@ -290,7 +291,7 @@ def log(self: Training,
                     tokens_per_s=round(rate))
         if self.moved: row["update_ratio"] = self.moved
         operations = flops_per_token(self.model.cfg, self.config.ctx)
-        if self.peak: row["peak_share"] = round(rate * operations / self.peak, 4)
+        if self.peak and not self.config.lora: row["peak_share"] = round(rate * operations / self.peak, 4)
     if self.skipped: row["skipped"] = self.skipped
     memory = most_memory(self.model.device)
     self.since, self.moved = dict.fromkeys(since, 0.0), None
@@ -538,6 +539,7 @@ def begin(self: Training,
         same_run(self, made)
         self.restore()
     else: found()
+    if self.folder and self.config.lora: keep_base(self.model, self.tok, self.folder / "base")
     self.prepare()
     if made is None: found()
 
@@ -569,7 +571,8 @@ def summary(self: Training,
                 peak_memory=most_memory(self.model.device),
                 tokens=self.tokens, seconds=self.clock.seconds,
                 train_loss=losses[-1] if losses else None, val=self.scores, best=best, tokens_per_s=self.rate(),
-                params=n_params(self.model), device=str(self.model.device), dtype=self.config.dtype,
+                params=n_params(self.model), trained=sum(p.numel() for g in self.opt.groups for p in g["params"]),
+                device=str(self.model.device), dtype=self.config.dtype,
                 compiled=bool(self.config.compile), threads=torch.get_num_threads(), optimizer=self.config.optimizer)
 
 # %% ../../nbs/3_training/05_train.ipynb #96239959
@@ -623,7 +626,8 @@ def _training(docs, val, tok, floor, began, asked, group=ALONE):
     tokens, held, least = train_and_val(source, val, tok, cap, config.seed)
     clock = Clock(config.minutes, config.steps, began, shares_of(config.repeat, config.steps) if config.repeat else ())
     least = least if floor is None else floor
-    return Training(model.to(device), tok, tokens, config, folder, held, least, clock, group), name, made
+    start_adapter(model.to(device), config, made is not None, group.world == 1)
+    return Training(model, tok, tokens, config, folder, held, least, clock, group), name, made
 
 # %% ../../nbs/3_training/05_train.ipynb #8fd7fd62
 def _run(t, name, made, stop_at, quiet, callbacks):
