@@ -458,3 +458,4 @@ def start_adapter(
     if not config.lora: return
     add_adapter(model, config.lora, alpha=config.lora_alpha, targets=config.lora_targets, dropout=config.lora_dropout,
                 seed=config.seed)
+    if config.lora_dropout and not again: torch.manual_seed(config.seed)     # of what dropout draws
