@@ -349,7 +349,7 @@ def _load_adapted(path, device):
         raise UserError(f"the tokenizer in {path} has {len(tok)} tokens, the model in {base} only "
                         f"{model.cfg.vocab_size}")
     model.origin = str(path)
-    return model.to(device).eval(), tok
+    return model, tok
 
 def keep_base(
     model, tok,   # with an adapter on
@@ -358,7 +358,9 @@ def keep_base(
     "Let the adapter that is on name a folder where its base lies as it is here; if need be, write it."
     name, base = model.adapter, list_adapters(model)[model.adapter].base
     if base != str(folder):
-        try: there = load(base, "cpu")[0] if base else None
+        try:
+            with torch.random.fork_rng(devices=[]):      # a new model draws weights; the run's draws stay as they are
+                there = load(base, "cpu")[0] if base else None
         except UserError: there = None
         if there is None or list_adapters(there) or base_hash(there) != base_hash(model):
             try: base = save(set_adapter(model, None), tok, folder)

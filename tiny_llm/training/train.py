@@ -539,7 +539,8 @@ def begin(self: Training,
         same_run(self, made)
         self.restore()
     else: found()
-    if self.folder and self.config.lora: keep_base(self.model, self.tok, self.folder / "base")
+    if self.folder and self.config.lora and self.saved_step is None:
+        keep_base(self.model, self.tok, self.folder / "base")
     self.prepare()
     if made is None: found()
 

@@ -396,7 +396,7 @@ def _read_tensors(folder):
 
 def _require_fit(pairs, model, folder, places):
     "UserError unless each pair has the shape of a layer of the model."
-    for target, pair in pairs.items():
+    for target, pair in sorted(pairs.items()):
         if target not in places:
             raise UserError(f"the adapter in {folder} belongs to another model: it changes {target}, which this one "
                             f"has not.{did_you_mean(target, places)}")
@@ -458,4 +458,4 @@ def start_adapter(
     if not config.lora: return
     add_adapter(model, config.lora, alpha=config.lora_alpha, targets=config.lora_targets, dropout=config.lora_dropout,
                 seed=config.seed)
-    if config.lora_dropout and not again: torch.manual_seed(config.seed)     # of what dropout draws
+    if config.lora_dropout: torch.manual_seed(config.seed)     # of what dropout draws
