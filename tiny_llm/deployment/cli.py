@@ -251,10 +251,10 @@ def train_rows(
 ) -> list:   # rows for `table`
     "What a run says of itself."
     s = run.summary
-    how = f"{s['dtype']}{', compiled' if s['compiled'] else ''}, {s['device']}"
-    return [("parameters", f"{s['params']:,}"), ("  trained", f"{n:,}" if 0 < (n := s.get("trained", 0)) < s["params"] else None),
+    part = f", {n:,} trained" if 0 < (n := s.get("trained", 0)) < s["params"] else ""
+    return [("parameters", f"{s['params']:,}{part}"),
             ("tokens seen", f"{s['tokens']:,} in {s['step']:,} steps and {clock(s['seconds'])}"),
-            ("speed", f"{s['tokens_per_s']:,.0f} tokens/s ({how})"),
+            ("speed", f"{s['tokens_per_s']:,.0f} tokens/s ({s['dtype']}{', compiled' if s['compiled'] else ''}, {s['device']})"),
             *loss_rows(s.get("val")), ("run folder", run.folder), ("model folder", run.folder / "best")]
 
 # %% ../../nbs/5_deployment/05_cli.ipynb #372737a0

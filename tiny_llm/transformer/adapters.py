@@ -272,7 +272,7 @@ def base_hash(
     model._base_hash = state, digest.hexdigest()
     return digest.hexdigest()
 
-# %% ../../nbs/1_transformer/10_adapters.ipynb #38afef3b
+# %% ../../nbs/1_transformer/10_adapters.ipynb #e594ef75
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 _before = "base_model.model."
 
@@ -282,6 +282,7 @@ def _turned(B, how, c, back=False):
     order = (c.n_heads, 3, c.head_dim) if back else (3, c.n_heads, c.head_dim)
     return B.unflatten(0, order).transpose(0, 1).flatten(0, 2)
 
+# %% ../../nbs/1_transformer/10_adapters.ipynb #38afef3b
 def _updates(model, name):
     "Name elsewhere -> (Place, Update) of an adapter."
     found, places = {}, linear_places(model)
@@ -321,6 +322,7 @@ def adapter_files(
     about = {"format": "pt", "tiny_llm": json.dumps(dict(base_sha256=base_hash(model)))}
     return {CONFIG: json.dumps(config, indent=2) + "\n", TENSORS: tensors_to(state, about)}
 
+# %% ../../nbs/1_transformer/10_adapters.ipynb #765e6f0d
 def save_adapter(
     model,       # Transformer
     folder,      # where; new, empty, or the folder of an adapter
