@@ -251,10 +251,10 @@ def train_rows(
 ) -> list:   # rows for `table`
     "What a run says of itself."
     s = run.summary
-    part = f", {n:,} trained" if 0 < (n := s.get("trained", 0)) < s["params"] else ""
-    return [("parameters", f"{s['params']:,}{part}"),
+    how, n = f"{s['dtype']}{', compiled' if s['compiled'] else ''}, {s['device']}", s.get("trained", s["params"])
+    return [("parameters", f"{s['params']:,}" + (f", {n:,} trained" if n < s["params"] else "")),
             ("tokens seen", f"{s['tokens']:,} in {s['step']:,} steps and {clock(s['seconds'])}"),
-            ("speed", f"{s['tokens_per_s']:,.0f} tokens/s ({s['dtype']}{', compiled' if s['compiled'] else ''}, {s['device']})"),
+            ("speed", f"{s['tokens_per_s']:,.0f} tokens/s ({how})"),
             *loss_rows(s.get("val")), ("run folder", run.folder), ("model folder", run.folder / "best")]
 
 # %% ../../nbs/5_deployment/05_cli.ipynb #372737a0
