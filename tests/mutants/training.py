@@ -153,6 +153,8 @@ MUTANTS = [
     ("training.train", "gap=None if least is None else (nats - least) / count", "gap=None if least is None else (least - nats) / count", "the gap has the wrong sign"),
     ("training.train", "clock.lost += clock.now - clock.began", "clock.lost = clock.now - clock.began", "time lost before a pause is forgotten"),
     ("training.train", "for name, was in t.config.model.items():", "for name, was in ():", "a run goes on with a model of another shape"),
+    ("training.train", "if val is None: val = held_with(name, config.limit, column=config.column)", "if val is None: val = held_with(name, column=config.column)", "limit does not hold for what is held out"),
+    ("training.plan", "    with torch.random.fork_rng(devices=[]):\n", "    if True:\n", "a plan changes the random numbers of what follows"),
     # 3.06 evaluate
     ("training.evaluate", "out[i] = row[:len(ids[i]) - 1]", "out[i] = row[:len(ids[i])]", "padding counts"),
     ("training.evaluate", "kind = max(words[w0:w], key=lambda x: x[3])[2]", "kind = words[w0][2]", "the kind of a unit is that of its first word"),

@@ -18,7 +18,7 @@ from ..basics import COLORS, UserError, did_you_mean, figure, note, owned, pick_
 from ..transformer.adapters import list_adapters, merge_adapter
 from ..transformer.model import Transformer, preset
 from ..text.large_corpora import LargeBatches
-from ..text.sources import documents, train_and_held
+from ..text.sources import documents, held_with
 from ..text.tokenizer import check_tokenizer, tokenizer_for
 from ..text.batches import tokenize
 from ..training.config import TrainConfig, changed, check_number, numbers_read, read_config
@@ -160,9 +160,9 @@ def _text(stage, tok, ctx, quiet):
     "(Tokenizer, Tokens to train on, what is held out or False) of a stage; `tok`: None in the first."
     c = stage.config
     if stage.kind == "finetune": return tok, *to_learn(c.data, tok, ctx, None, (), c.limit, c.seed, quiet)
-    docs, held = train_and_held(c.data, c.limit, c.seed, c.column)
+    docs = documents(c.data, "train", c.limit, c.seed, c.column)
     tok = tok or tokenizer_for(docs, c.tokenizer, c.vocab_size)
-    return tok, tokenize(docs, tok), held
+    return tok, tokenize(docs, tok), held_with(c.data, c.limit, c.seed, c.column)
 
 # %% ../../nbs/4_assistant/07_pipeline.ipynb #d1c4884a
 def _run_stage(stages, n, folder, device, quiet, callbacks):

@@ -284,15 +284,16 @@ def read_text(
 ) -> tuple:          # (Tokenizer, Tokens to train on, documents held out or False)
     "What `train` needs to know of its text."
     from tiny_llm.text.batches import tokenize
-    from tiny_llm.text.sources import train_and_held
+    from tiny_llm.text.sources import documents, held_with
     from tiny_llm.text.tokenizer import tokenizer_for
     data = config.data or "stories"
-    docs, held = train_and_held(data, config.limit, config.seed, config.column)
+    how = config.limit, config.seed, config.column
+    docs = documents(data, "train", *how)
     tok = tok or tokenizer_for(docs, config.tokenizer, config.vocab_size)
     tokens = tokenize(docs, tok)
     note(f"{data}: {len(docs):,} documents, {tokens.n_bytes:,} bytes, {tokens.n_tokens:,} tokens of {len(tok):,}")
     tokens.require(config.ctx or 32)
-    return tok, tokens, held
+    return tok, tokens, held_with(data, *how)
 
 # %% ../../nbs/5_deployment/05_cli.ipynb #c1402c35
 def shape_of(

@@ -170,7 +170,9 @@ def request_pattern(line):
     return [p[1] for p in ends if not isinstance(p, str)], re.compile(regex, re.IGNORECASE)
 
 @lru_cache(None)
-def any_story(): return {plain(line) for line in ANY_STORY}
+def any_story():
+    "What asks for a story, whichever it is: plain lines."
+    return {plain(line) for line in ANY_STORY}
 
 def wanted(
     text: str,  # what a person said

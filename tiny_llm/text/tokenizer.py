@@ -432,7 +432,7 @@ def char_tokenizer(
 # %% ../../nbs/2_text/04_tokenizer.ipynb #a8f46ce2
 TOKENIZERS = ("bpe", "bytes", "chars")
 
-def check_tokenizer(kind):
+def check_tokenizer(kind: str):   # one of TOKENIZERS, a model folder, or a tokenizer.json
     "UserError unless it is a kind of tokenizer or a place that exists."
     if kind in TOKENIZERS or Path(kind).expanduser().exists(): return
     raise UserError(f"tokenizer is {kind!r}; give {', '.join(TOKENIZERS)}, a model folder or a tokenizer.json."

@@ -287,7 +287,9 @@ def processes(
         raise UserError(f"this is one of {os.environ['WORLD_SIZE']} processes (WORLD_SIZE), but nothing says where "
                         "the first one is (MASTER_ADDR); start them with torchrun")
     group = Group(parallel or "ddp", device)
-    try: yield group
+    try:
+        yield group
+        dist.barrier()       # a thread of gloo that still holds a tensor when Python ends aborts the process
     finally: dist.destroy_process_group()
 
 def restarted(

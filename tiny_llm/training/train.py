@@ -25,7 +25,7 @@ from ..transformer.sizes import flops_per_token
 from ..transformer.huggingface import family
 from ..text.batches import Batches, Tokens, tokenize
 from ..text.large_corpora import LargeBatches
-from ..text.sources import documents, train_and_held
+from ..text.sources import documents, held_with
 from .optim import clip_gradients, make_optimizer, schedule
 from .config import (TrainConfig, changed, check_number, config_of, read_config, requested, resumed,
                                       split_record, takes_settings, to_dict)
@@ -472,7 +472,7 @@ def _split(
     elif val is None and isinstance(docs, list) and len(docs) > 1 and not isinstance(docs[0], str):
         held = set(random.Random(seed).sample(range(len(docs)), max(1, len(docs) // 20)))   # a file may be sorted
         docs, val = ([d for i, d in enumerate(docs) if (i in held) == wanted] for wanted in (False, True))
-    elif val is None and not isinstance(docs, Tokens): docs, val = train_and_held(docs)
+    elif val is None and not isinstance(docs, Tokens): docs, val = documents(docs, "train"), held_with(docs)
     if isinstance(docs, (str, Path)): docs = documents(docs, "train")
     return docs, None if val is False else val
 
@@ -621,8 +621,8 @@ def _training(docs, val, tok, floor, began, asked, group=ALONE):
     name = str(source) if isinstance(source, (str, Path)) else None
     if name and made is None: config = replace(config, data=name)
     if docs is None and (config.limit or config.column):
-        source, held = train_and_held(name, config.limit, column=config.column)
-        val = held if val is None else val
+        source = documents(name, "train", config.limit, column=config.column)
+        if val is None: val = held_with(name, config.limit, column=config.column)
     cap = config.eval_tokens or min(65536, max(4096, int((config.minutes or 2) * 8_000)))       # it should take seconds
     tokens, held, least = train_and_val(source, val, tok, cap, config.seed)
     clock = Clock(config.minutes, config.steps, began, shares_of(config.repeat, config.steps) if config.repeat else ())
