@@ -9,8 +9,7 @@ __all__ = ['update_spectra', 'energy', 'cut_to_rank', 'lora_costs']
 import copy
 import torch
 from ..basics import UserError
-from ..transformer.adapters import (add_adapter, delete_adapter, linear_places, list_adapters, load_adapter,
-                                           merge_adapter, save_adapter, set_adapter)
+from ..transformer.adapters import add_adapter, linear_places
 from ..transformer.model import n_params
 from ..transformer.sizes import on_meta
 

@@ -359,8 +359,9 @@ def _read_config(folder):
     ranks, alphas = (c.get(n) or {} for n in ("rank_pattern", "alpha_pattern"))
     numbers = [rank, alpha, c.get("lora_dropout") or 0.0]
     numbers += [v for d in (ranks, alphas) for v in (d.values() if isinstance(d, dict) else ["no pattern"])]
-    if not all(type(v) in (int, float) and 0 <= v < math.inf for v in numbers) or not rank >= 1:
+    if not all(type(v) in (int, float) and 0 <= v < math.inf for v in numbers) or rank < 1:
         raise UserError(f"{folder/CONFIG}: r, lora_alpha and their patterns must be numbers; copy it again")
+    if numbers[2] >= 1: raise UserError(f"{folder/CONFIG}: lora_dropout is {numbers[2]}; it is a share below 1")
     return rank, alpha, float(numbers[2]), bool(c.get("use_rslora")), ranks, alphas, c
 
 def _by_pattern(patterns, name, usual):
