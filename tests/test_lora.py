@@ -188,6 +188,33 @@ def test_a_chat_switches_and_the_base_stays_where_it_is(parts, tmp_path):
     assert len({*said[:3]}) == 3 and [p.data_ptr() for p in both.parameters()] == where
 
 
+def test_the_adapters_of_several_runs_are_switched_by_their_folders(parts, tmp_path, monkeypatch):
+    "Two runs of one name and an adapter saved alone; each is read once, and answers as it does alone."
+    base, tok, chats = parts
+    tl.save(base, tok, tmp_path / "base")
+    folders = [tmp_path / "x" / "run", tmp_path / "y" / "run", tmp_path / "a b"]
+    for n, folder in enumerate(folders[:2]):
+        tl.finetune(tl.load(tmp_path / "base", "cpu")[0], tok, chats, lora=2, steps=3, seed=n, out=folder, **HOW)
+    tl.save_adapter(learnt(tl.add_adapter(tl.load(tmp_path / "base", "cpu")[0], rank=3)), folders[2])
+    ids = torch.tensor([tok.chat(chats[0])[0]])
+    alone = {None: logits(base.eval(), ids)}
+    for folder in folders:
+        one = tl.load(tmp_path / "base", "cpu")[0].eval()
+        tl.load_adapter(one, folder / "best" if (folder / "best").exists() else folder)
+        alone[folder] = logits(one, ids)
+    both, read = tl.load(tmp_path / "base", "cpu")[0].eval(), []
+    from tiny_llm.assistant import lora
+    monkeypatch.setattr(lora, "load_adapter", lambda *a: read.append(a[2]) or tl.load_adapter(*a))
+    for folder in [*folders, None, *folders[::-1], folders[0], None, folders[2] / ".." / "a b"]:
+        assert tl.use_adapter(both, folder) == both.adapter
+        assert torch.equal(logits(both, ids), alone[(tmp_path / folder).resolve() if folder else None])
+    assert read == list(tl.list_adapters(both)) == ["run", "run-2", "a-b"]
+    run = tl.load(folders[1], "cpu")[0]                                       # opened by its run, it need not be read again
+    assert tl.use_adapter(run, folders[1]) == "default" and list(tl.list_adapters(run)) == ["default"]
+    with pytest.raises(UserError, match="holds no adapter"): tl.use_adapter(both, tmp_path / "base")
+    with pytest.raises(UserError, match="other weights"): tl.use_adapter(tl.Transformer(base.cfg), folders[0])
+
+
 # Folders
 
 def spoilt(folder, to, **change):
@@ -378,6 +405,17 @@ def test_an_adapter_without_its_base_says_so(parts, tmp_path):
     for named in (None, "", 3, "a\0b"):
         spoilt(tmp_path / "alone", tmp_path / "nameless", base_model_name_or_path=named)
         with pytest.raises(UserError, match="does not say of which model"): tl.load(tmp_path / "nameless", "cpu")
+
+
+def test_an_adapter_of_an_adapter_is_refused(parts, tmp_path):
+    "Also one that names itself, or a chain that comes back."
+    base, tok, _ = parts
+    tl.save(base, tok, tmp_path / "base")
+    tl.save(tl.add_adapter(tl.load(tmp_path / "base", "cpu")[0], rank=2), tok, tmp_path / "one")
+    (tmp_path / "one" / "SHA256SUMS").unlink()
+    for name, below in [("itself", "itself"), ("two", "one"), ("three", "two")]:
+        spoilt(tmp_path / "one", tmp_path / name, base_model_name_or_path=str(tmp_path / below))
+        with pytest.raises(UserError, match=f"{name} is an adapter of .*{below}: that is an adapter too; merge it"): tl.load(tmp_path / name, "cpu")
 
 
 def test_a_training_of_all_weights_begins_with_base_and_adapter(parts, tmp_path):

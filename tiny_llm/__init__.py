@@ -42,6 +42,7 @@ _home = {name: module for module, names in {
     "training.benchmarks":      "benchmark blimp lambada paired text_loss",
     "assistant.generate":       "generate grade_stories stream",
     "assistant.finetune":       "finetune grade_chat",
+    "assistant.lora":           "use_adapter",
     "assistant.chat":           "ChatSession chat",
     "assistant.pipeline":       "pipeline",
 }.items() for name in names.split()}

@@ -52,6 +52,8 @@ MUTANTS = [
     ("assistant.lora", "add_adapter(net, rank, targets=targets)", "add_adapter(net, rank)", "targets do not count in the costs"),
     ("assistant.lora", "checkpoint=4 * n * 3", "checkpoint=4 * n", "the optimizer's memory is not in the checkpoint"),
     ("assistant.lora", "cut = copy.deepcopy(after)", "cut = after", "the fine-tuned model itself is cut"),
+    ("assistant.lora", "    if str(path) in names: return", "    if False: return", "an adapter is read at each switch"),
+    ("assistant.lora", "(path.parent if path.name in INNER else path).name", "path.name", "the adapters of all runs are called best"),
     # 4.06 chat
     ("assistant.chat", "ids = tok.prompt(system + turns[f:])", "ids = tok.prompt((system if f == 0 else []) + turns[f:])", "the system message is forgotten with the oldest turns"),
     ("assistant.chat", "if len(ids) + room <= ctx: return ids, f", "if len(ids) < ctx: return ids, f", "no room is kept for the reply"),

@@ -246,5 +246,6 @@ MUTANTS = [
     ("training.folder", "or base_hash(there) != base_hash(model):", "or False:", "a base that was changed in memory is taken for the one on the disk"),
     ("training.folder", "with torch.random.fork_rng(devices=[]):", "with contextlib.nullcontext():", "looking at the base changes what dropout draws"),
     ("training.folder", "base = named if named and Path(named).exists() or not beside.is_dir() else beside", "base = named", "a run that was moved does not find its base"),
+    ("training.folder", "if Path(base).is_dir() and _is_adapter(model_folder(base)):", "if False:", "an adapter that is its own base is followed for ever"),
     ("training.folder", "if getattr(model, \"adapter\", None): return adapter_files(model)", "pass", "an adapter is not saved"),
 ]

@@ -330,6 +330,8 @@ def _require_same(
                     "(tokenizer_sha256). Put back the one it was trained with, or delete the entry if it was meant")
 
 # %% ../../nbs/3_training/02_folder.ipynb #c675a480
+def _is_adapter(path): return (path / ADAPTER).is_file() and not _has_weights(path)
+
 def _load_adapted(path, device):
     "(Transformer with the adapter of a folder on, Tokenizer): the tokenizer in the folder, or that of the base."
     config = read_json(path / ADAPTER)
@@ -339,7 +341,10 @@ def _load_adapted(path, device):
     base = named if named and Path(named).exists() or not beside.is_dir() else beside
     if not base:
         raise UserError(f"{path} is an adapter and does not say of which model; open that one, and use load_adapter")
-    try: model, tok = load(base, device)
+    try:
+        if Path(base).is_dir() and _is_adapter(model_folder(base)):
+            raise UserError("that is an adapter too; merge it (merge_adapter), save the model, and name that")
+        model, tok = load(base, device)
     except UserError as e: raise UserError(f"{path} is an adapter of {base}: {e}") from None
     load_adapter(model, path, "default")
     if (path / "tokenizer.json").is_file():
@@ -380,7 +385,7 @@ def load(
             tok = Tokenizer(tk, named.pop("chat_template", None), named)
         else:
             path = model_folder(folder)
-            if (path / ADAPTER).is_file() and not _has_weights(path): return _load_adapted(path, device)
+            if _is_adapter(path): return _load_adapted(path, device)
             config = read_json(path / "config.json")
             _verify(path, config)
             model, tok = _build(path, config), Tokenizer.load(path)

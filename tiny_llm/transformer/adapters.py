@@ -9,8 +9,7 @@ __all__ = ['CONFIG', 'TENSORS', 'Update', 'LoraLinear', 'Place', 'linear_places'
 
 # %% ../../nbs/1_transformer/10_adapters.ipynb #eaa493e8
 import hashlib, json, math, re
-from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 import torch
 import torch.nn.functional as F
@@ -136,6 +135,7 @@ class Adapter:
     rslora: bool = False    # s is alpha over the root of r
     base: str = None        # where the model that it changes was opened; None: unknown
     targets: tuple = ()     # names elsewhere of the layers that it changes
+    folder: str = field(default=None, compare=False)    # where it was read
 
 def _scale(rank, alpha, rslora): return alpha / (math.sqrt(rank) if rslora else rank)
 
@@ -439,7 +439,8 @@ def load_adapter(
         u.B.copy_(_turned(pairs[target]["B"], p.how, model.cfg, back=True))
     base = _base_of(model) or config.get("base_model_name_or_path")
     targets = tuple(t for t in places if t in pairs)
-    model.adapters = {**list_adapters(model), name: Adapter(rank, alpha, dropout, rslora, base, targets)}
+    settings = Adapter(rank, alpha, dropout, rslora, base, targets, str(folder.resolve()))
+    model.adapters = {**list_adapters(model), name: settings}
     set_adapter(model, name)
     return name
 
