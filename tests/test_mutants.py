@@ -18,14 +18,14 @@ for file in sorted((Path(__file__).parent/"mutants").glob("*.py")):
 # the tests that are asked where the notebook noticed nothing: a module's own, else its part's; the likeliest first, for the first failure ends it
 NEAREST = {
     "basics": ["test_runner.py"],
-    "transformer": ["test_weights.py"],
+    "transformer": ["test_weights.py"], "transformer.adapters": ["test_lora.py"],
     "text": ["test_data.py"], "text.tokenizer": ["test_data.py", "test_typed_text.py", "test_bpe.py", "test_real_tokenizers.py"],
     "text.bpe": ["test_bpe.py", "test_real_tokenizers.py"], "text.playground": ["test_playground.py"], "text.sources": ["test_sources.py", "test_files.py"],
     "text.cleaning": ["test_cleaning.py"], "text.large_corpora": ["test_data.py", "test_stream.py"],
-    "training": ["test_training.py"], "training.doctor": ["test_doctor.py"], "training.plan": ["test_plan.py"], "training.tune": ["test_tune.py"], "training.benchmarks": ["test_benchmarks.py"], "training.watch": ["test_watch.py"], "training.scale": ["test_scale.py"], "training.real_text": ["test_real_text.py"], "training.folder": ["test_folders.py", "test_damage.py"], "training.run": ["test_training.py", "test_resume.py", "test_owners.py"],
+    "training": ["test_training.py"], "training.doctor": ["test_doctor.py"], "training.plan": ["test_plan.py"], "training.tune": ["test_tune.py"], "training.benchmarks": ["test_benchmarks.py"], "training.watch": ["test_watch.py"], "training.scale": ["test_scale.py"], "training.real_text": ["test_real_text.py"], "training.folder": ["test_folders.py", "test_damage.py", "test_lora.py"], "training.run": ["test_training.py", "test_resume.py", "test_owners.py"],
     "training.train": ["test_training.py", "test_resume.py", "test_owners.py", "test_stream.py"],
     "assistant": ["test_options.py", "test_folders.py", "test_cli.py"], "assistant.finetune": ["test_options.py", "test_files.py", "test_cli.py"],
-    "assistant.pipeline": ["test_pipeline.py"],
+    "assistant.pipeline": ["test_pipeline.py"], "assistant.lora": ["test_lora.py"],
     "assistant.chat": ["test_options.py", "test_chat_browser.py", "test_cli.py"],
     "deployment": ["test_options.py", "test_files.py", "test_cli.py"], "deployment.quickstart": ["test_options.py"]}
 LIMIT = 900      # seconds that a notebook or its tests may take; a mutant that runs on is noticed

@@ -15,6 +15,7 @@ _home = {name: module for module, names in {
     "transformer.sizes":        "count_params counted_flops flops_per_token",
     "transformer.huggingface":  "family from_hf to_hf",
     "transformer.gguf":         "open_gguf open_llama2c",
+    "transformer.adapters":     "add_adapter delete_adapter list_adapters load_adapter merge_adapter save_adapter set_adapter",
     "text.stories":             "Story floor_shares stories",
     "text.judge":               "parse surprisals",
     "text.dialogues":           "conversations fulfilled",
@@ -43,6 +44,7 @@ _home = {name: module for module, names in {
     "training.benchmarks":      "benchmark blimp lambada paired text_loss",
     "assistant.generate":       "generate grade_stories stream",
     "assistant.finetune":       "finetune grade_chat",
+    "assistant.lora":           "use_adapter",
     "assistant.chat":           "ChatSession chat",
     "assistant.pipeline":       "pipeline",
 }.items() for name in names.split()}

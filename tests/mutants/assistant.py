@@ -45,6 +45,15 @@ MUTANTS = [
     ("assistant.finetune", "for k, (_, weights) in unique.items() if any(weights)]", "for k, (_, weights) in unique.items()]", "what teaches nothing is held out"),
     ("assistant.finetune", "messages = c[:rng.randrange(1, len(c), 2)]", "messages = c[:1]", "only first requests are graded"),
     ("assistant.finetune", "*, val=None,              # conversations to evaluate on", "*, val=False,              # conversations to evaluate on", "nothing is held out unless asked"),
+    # 4.03 lora
+    ("assistant.lora", "s[:r].square().sum() / s.square()", "s[:r].sum() / s", "the share of lengths instead of squares"),
+    ("assistant.lora", "(new - old).float(), full_matrices=False)", "new.float(), full_matrices=False)", "the weights are cut instead of their change"),
+    ("assistant.lora", "weight[p.start:p.stop] for m in (before, after))", "weight for m in (before, after))", "queries, keys and values are one matrix"),
+    ("assistant.lora", "add_adapter(net, rank, targets=targets)", "add_adapter(net, rank)", "targets do not count in the costs"),
+    ("assistant.lora", "checkpoint=4 * n * 3", "checkpoint=4 * n", "the optimizer's memory is not in the checkpoint"),
+    ("assistant.lora", "cut = copy.deepcopy(after)", "cut = after", "the fine-tuned model itself is cut"),
+    ("assistant.lora", "    if str(path) in names: return", "    if False: return", "an adapter is read at each switch"),
+    ("assistant.lora", "(path.parent if path.name in INNER else path).name", "path.name", "the adapters of all runs are called best"),
     # 4.06 chat
     ("assistant.chat", "ids = tok.prompt(system + turns[f:])", "ids = tok.prompt((system if f == 0 else []) + turns[f:])", "the system message is forgotten with the oldest turns"),
     ("assistant.chat", "if len(ids) + room <= ctx: return ids, f", "if len(ids) < ctx: return ids, f", "no room is kept for the reply"),

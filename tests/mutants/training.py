@@ -94,7 +94,7 @@ MUTANTS = [
     ("training.run", "return min(times[1:]) * t.config.accumulate", "return min(times[1:])", "a part of a step counts as a step"),
     ("training.folder", "if before and folder.exists(): _keep(folder, before)", "pass", "the checkpoint before is not kept"),
     ("training.folder", "if not wrong or _damage(before): return", "if not wrong: return", "a damaged checkpoint gives way to another damaged one"),
-    ("training.config", "SHARES = (\"warmup\", \"smoothing\", \"ema\")", "SHARES = (\"warmup\",)", "an average may keep all"),
+    ("training.config", "SHARES = (\"warmup\", \"smoothing\", \"ema\", \"lora_dropout\")", "SHARES = (\"warmup\",)", "an average may keep all"),
     # 3.05 train
     ("training.train", "enabled=dtype == torch.bfloat16):\n        logits = model(b.x, b.doc, b.pos)\n    if not smoothing", "enabled=False):\n        logits = model(b.x, b.doc, b.pos)\n    if not smoothing",
      "bfloat16 is asked for in vain"),
@@ -272,4 +272,11 @@ MUTANTS = [
     ("training.watch", "if isinstance(value, (list, tuple)): value = dict(enumerate(value))", "pass", "lists are lost"),
     ("training.watch", "resume=\"allow\"", "resume=None", "W&B begins anew"),
     ("training.watch", "if id: self.client.update_run(id, \"RUNNING\")", "if False: pass", "settings are written twice"),
+    # 3.02 folder, adapters
+    ("training.folder", "if base != str(folder):", "if False:", "a base that is nowhere is not written"),
+    ("training.folder", "or base_hash(there) != base_hash(model):", "or False:", "a base that was changed in memory is taken for the one on the disk"),
+    ("training.folder", "with torch.random.fork_rng(devices=[]):", "with contextlib.nullcontext():", "looking at the base changes what dropout draws"),
+    ("training.folder", "base = named if named and Path(named).exists() or not beside.is_dir() else beside", "base = named", "a run that was moved does not find its base"),
+    ("training.folder", "if Path(base).is_dir() and _is_adapter(model_folder(base)):", "if False:", "an adapter that is its own base is followed for ever"),
+    ("training.folder", "if getattr(model, \"adapter\", None): return adapter_files(model)", "pass", "an adapter is not saved"),
 ]

@@ -15,6 +15,7 @@ import torch
 import yaml
 
 from ..basics import COLORS, UserError, did_you_mean, figure, note, owned, pick_device, taken, write_file
+from ..transformer.adapters import list_adapters, merge_adapter
 from ..transformer.model import Transformer, preset
 from ..text.large_corpora import LargeBatches, TextStream, text_of, tokenized
 from ..text.sources import documents, held_with
@@ -289,7 +290,9 @@ def pipeline(
         _take_up(folder, stages, resume)
         runs = [_run_stage(stages, n, folder, device, quiet, callbacks) for n in range(len(stages))]
         rows = stage_rows(runs)
-        save(*load(runs[-1].folder / "best", "cpu"), folder / "model",
+        model, tok = load(runs[-1].folder / "best", "cpu")
+        if list_adapters(model): merge_adapter(model)        # the last model stands alone
+        save(model, tok, folder / "model",
              card=f"# A model made by tiny_llm pipeline\n\n```\n{stage_table(rows)}\n```\n")
         write_file(folder / "plots.png", png_of(plot_stages(runs)))
         write_sealed(folder / "summary.json", dict(stages=rows))

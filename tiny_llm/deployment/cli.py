@@ -20,7 +20,7 @@ from pathlib import Path
 from fastcore.meta import delegates
 
 from ..basics import UserError, alive, did_you_mean, note, owned, pick_device, single_process, write_file
-from ..training.config import (FREE, TrainConfig, changed, check_number, config_of, read_config, requested,
+from ..training.config import (FREE, LORA, TrainConfig, changed, check_number, config_of, read_config, requested,
                                       resumed, split_record, takes_settings)
 from .quickstart import QUICK, clock, judged_rows, loss_rows, open_model, table
 
@@ -123,8 +123,7 @@ def dispatch(
     if word not in commands:
         raise UserError(f"there is no command {word!r}; tiny_llm --help lists them.{did_you_mean(word, commands)}")
     if word not in SHARED: single_process()
-    f = commands[word]
-    f(**parse_options(f, rest))
+    commands[word](**parse_options(commands[word], rest))
 
 # %% ../../nbs/5_deployment/05_cli.ipynb #730107ee
 def main(
@@ -250,8 +249,8 @@ def train_rows(
 ) -> list:   # rows for `table`
     "What a run says of itself."
     s = run.summary
-    how = f"{s['dtype']}{', compiled' if s['compiled'] else ''}, {s['device']}"
-    return [("parameters", f"{s['params']:,}"),
+    how, n = f"{s['dtype']}{', compiled' if s['compiled'] else ''}, {s['device']}", s.get("trained", s["params"])
+    return [("parameters", f"{s['params']:,}" + (f", {n:,} trained" if n < s["params"] else "")),
             ("tokens seen", f"{s['tokens']:,} in {s['step']:,} steps and {clock(s['seconds'])}"),
             ("speed", f"{s['tokens_per_s']:,.0f} tokens/s ({how})"),
             *loss_rows(s.get("val")), ("run folder", run.folder), ("model folder", run.folder / "best")]
@@ -316,7 +315,7 @@ def _known_fields(model, where):
 
 # %% ../../nbs/5_deployment/05_cli.ipynb #8f58fc74
 @command
-@takes_settings(but=["model", "betas"])
+@takes_settings(but=["model", "betas", *LORA])
 def train(
     out: str = "runs/train",   # run folder to make
     config: str = None,        # settings file, JSON or YAML, or a run's config.json; options on the line win
@@ -375,7 +374,7 @@ def _train(asked, made, config, given, out, device, resume, began, group, told):
 
 # %% ../../nbs/5_deployment/05_cli.ipynb #7314b9d8
 @command
-@takes_settings(but=["model", "betas"])
+@takes_settings(but=["model", "betas", *LORA])
 def plan(
     config: str = None,       # settings file, JSON or YAML; options on the line win
     device: str = "auto",     # auto, cpu, cuda, mps
@@ -396,7 +395,7 @@ def plan(
 
 # %% ../../nbs/5_deployment/05_cli.ipynb #b86b979d
 @command
-@takes_settings(but=["model", "betas", "steps", "repeat", "overfit_one_batch"])
+@takes_settings(but=["model", "betas", "steps", "repeat", "overfit_one_batch", *LORA])
 def tune(
     out: str = "runs/tune",       # folder to make: study.db, best.yaml, tune.png
     config: str = None,           # settings file to begin with, JSON or YAML; options on the line win

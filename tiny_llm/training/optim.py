@@ -141,7 +141,7 @@ class Averaged:
         decay: float = 0.999,   # share of the average that is kept at each step, 0 to below 1
     ):
         if not 0 <= decay < 1: raise UserError(f"ema {decay}: give the share that is kept, from 0 to below 1")
-        self.weights, self.decay, self.means = dict(model.named_parameters()), decay, {}
+        self.weights, self.decay, self.means = {n: p for n, p in model.named_parameters() if p.requires_grad}, decay, {}
 
     @torch.no_grad()
     def update(self):

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 
 from ..basics import UserError, alive, note, owned, pick_device, single_process, write_file
+from ..transformer.adapters import start_adapter
 from ..transformer.math import bits_per_byte, cross_entropy, softmax
 from ..transformer.model import Transformer, n_params
 from ..transformer.sizes import flops_per_token
@@ -28,7 +29,7 @@ from ..text.sources import documents, held_with
 from .optim import clip_gradients, make_optimizer, schedule
 from .config import (TrainConfig, changed, check_number, config_of, read_config, requested, resumed,
                                       split_record, takes_settings, to_dict)
-from .folder import fall_back, read_sealed, sweep, write_sealed
+from .folder import fall_back, keep_base, read_sealed, sweep, write_sealed
 from .run import (ALONE, Clock, Run, choose, compiled, disk_error, disk_errors, evaluates,
                                    layer_entropies, logs, most_memory, notices, outlook, past_run, peak, png_of,
                                    read_metrics, recompute, resolved, review, saves, shares_of, shows,
@@ -522,7 +523,7 @@ def rate(self: Training) -> float:
 def prepare(self: Training):
     "Choose, compile, and know what the machine can do."
     choose(self)
-    self.peak = peak(self.model.device, self.dtype) * self.group.world
+    if not self.config.lora: self.peak = peak(self.model.device, self.dtype) * self.group.world    # else: less to do
 
 @patch
 def first_look(self: Training):
@@ -551,6 +552,8 @@ def begin(self: Training,
         same_run(self, made)
         self.restore()
     else: found()
+    if self.folder and self.config.lora and self.saved_step is None:
+        keep_base(self.model, self.tok, self.folder / "base")
     self.prepare()
     if made is None: found()
 
@@ -582,7 +585,8 @@ def summary(self: Training,
                 peak_memory=most_memory(self.model.device),
                 tokens=self.tokens, seconds=self.clock.seconds,
                 train_loss=losses[-1] if losses else None, val=self.scores, best=best, tokens_per_s=self.rate(),
-                params=n_params(self.model), device=str(self.model.device), dtype=self.config.dtype,
+                params=n_params(self.model), trained=sum(p.numel() for g in self.opt.groups for p in g["params"]),
+                device=str(self.model.device), dtype=self.config.dtype,
                 compiled=bool(self.config.compile), threads=torch.get_num_threads(), optimizer=self.config.optimizer,
                 **(dict(stream=self.batches.mark) if self.flows else {}))     # what was read of it
 
@@ -639,7 +643,8 @@ def _training(docs, val, tok, floor, began, asked, group=ALONE):
     if made is None: config = replace(config, stream=isinstance(tokens, TextStream))
     clock = Clock(config.minutes, config.steps, began, shares_of(config.repeat, config.steps) if config.repeat else ())
     least = least if floor is None else floor
-    return Training(model.to(device), tok, tokens, config, folder, held, least, clock, group), name, made
+    start_adapter(model.to(device), config, made is not None, group.world == 1)
+    return Training(model, tok, tokens, config, folder, held, least, clock, group), name, made
 
 # %% ../../nbs/3_training/05_train.ipynb #8fd7fd62
 def _run(t, name, made, stop_at, bar, callbacks):
