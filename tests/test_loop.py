@@ -372,7 +372,7 @@ def test_rows_of_a_step_decide_what_is_compiled():
     model = parts()[0]
     few = int(COMPILE_FROM["cpu"] / total_operations(1, 2, 64, model.cfg) / 2)
     compiles = lambda **kw: resolved(TrainConfig(steps=few, batch=2, ctx=64, **kw), model, "cpu").compile
-    assert (compiles(), compiles(accumulate=8)) == (False, trainer.can_compile("cpu"))
+    assert (compiles(), compiles(accumulate=8)) == (False, around.can_compile("cpu"))
 
 
 # Tokenizers by kind --------------------------------------------------------------------------------------------------

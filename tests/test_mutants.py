@@ -22,7 +22,7 @@ NEAREST = {
     "text": ["test_data.py"], "text.tokenizer": ["test_data.py", "test_typed_text.py", "test_bpe.py", "test_real_tokenizers.py"],
     "text.bpe": ["test_bpe.py", "test_real_tokenizers.py"], "text.playground": ["test_playground.py"], "text.sources": ["test_sources.py", "test_files.py"],
     "text.cleaning": ["test_cleaning.py"],
-    "training": ["test_training.py"], "training.doctor": ["test_doctor.py"], "training.tune": ["test_tune.py"], "training.benchmarks": ["test_benchmarks.py"], "training.scale": ["test_scale.py"], "training.folder": ["test_folders.py", "test_damage.py"], "training.run": ["test_training.py", "test_resume.py", "test_owners.py"],
+    "training": ["test_training.py"], "training.doctor": ["test_doctor.py"], "training.plan": ["test_plan.py"], "training.tune": ["test_tune.py"], "training.benchmarks": ["test_benchmarks.py"], "training.scale": ["test_scale.py"], "training.folder": ["test_folders.py", "test_damage.py"], "training.run": ["test_training.py", "test_resume.py", "test_owners.py"],
     "training.train": ["test_training.py", "test_resume.py", "test_owners.py"],
     "assistant": ["test_options.py", "test_folders.py", "test_cli.py"], "assistant.finetune": ["test_options.py", "test_files.py", "test_cli.py"],
     "assistant.pipeline": ["test_pipeline.py"],

@@ -124,7 +124,7 @@ def test_info_and_plot(watch, tmp_path):
 
 
 def test_plan(watch):
-    calls = watch("training.doctor", forecast=SimpleNamespace(rows=lambda: [("memory", "7 MB")]))
+    calls = watch("training.plan", forecast=SimpleNamespace(rows=lambda: [("memory", "7 MB")]))
     assert "7 MB" in fine("plan --preset tiny --ctx 32 --vocab_size 300 --batch 3 --steps 5 --device cpu --seconds 2.5 --past a,b")
     call = dict(calls)["forecast"]
     agrees(to_dict(call["config"]), preset="tiny", ctx=32, vocab_size=300, batch=3, steps=5)
@@ -226,7 +226,8 @@ def both(watch):
     "What both trainings of the quickstart call; texts say their split."
     watch("text.stories", stories=lambda n, seed, split: [f"a story, {split}"] * n)
     watch("text.dialogues", conversations=lambda n, seed, split: [[f"a talk, {split}"]] * n)
-    watch("deployment.quickstart", vocabulary=Words([0] * 300), open_model=lambda path, device: (f"model of {path}", Words([0] * 300)))
+    watch("text.tokenizer", tokenizer_for=Words([0] * 300))
+    watch("deployment.quickstart", open_model=lambda path, device: (f"model of {path}", Words([0] * 300)))
     watch("training.run", Run=lambda folder, **given: run(folder))
     watch("assistant.finetune", finetune=run())
     return watch("training.train", train=run())

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from house import environment
+from test_resume import one_thread       # noqa: F401, the fixture holds here too
 from tiny_llm.assistant.pipeline import parse_changes, pipeline, plot_stages, read_stages, stage_rows, steps_of
 from tiny_llm.assistant.finetune import to_learn
 from tiny_llm.basics import UserError, owned
@@ -31,14 +32,6 @@ stages:
   - {name: more, kind: train, data: stories, limit: 40, seed: 3, epochs: 0.1, ctx: 96, optimizer: adamw}
   - {name: talk, kind: finetune, data: talks.jsonl, epochs: 4, accumulate: 2, ctx: 96}
 """
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

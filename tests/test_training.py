@@ -123,11 +123,12 @@ def test_settings_of_a_run(tmp_path):
 
 
 def test_limit_holds_for_what_is_held_out(monkeypatch):
+    from tiny_llm.text import sources
     from tiny_llm.training import train as trainer
     model, tok, docs = parts()
     limits = []
     monkeypatch.setattr(trainer, "documents", lambda *a, **kw: docs)
-    monkeypatch.setattr(trainer, "held_out", lambda name, limit, **kw: limits.append(limit) or docs[:2])
+    monkeypatch.setattr(sources, "held_out", lambda name, limit, *how: limits.append(limit) or docs[:2])
     train(model, tok, steps=1, batch=2, limit=60, device="cpu", compile=False, quiet=True)
     assert limits == [3]
 

@@ -69,7 +69,6 @@ MUTANTS = [
     # 4.07 pipeline
     ("assistant.pipeline", "    torch.manual_seed(config.seed)\n    if not n:", "    if not n:", "a stage depends on what ran before it in the same process"),
     ("assistant.pipeline", "folder / stages[n - 1].name / \"best\", device", "folder / stages[n - 1].name / \"last\", device", "a stage begins with the last weights, not the best"),
-    ("assistant.pipeline", "ENDS = (\"finished\", \"patience\")", "ENDS = (\"finished\",)", "a stage that ended by patience ends the pipeline"),
     ("assistant.pipeline", "epochs * rows / (batch * accumulate)", "epochs * rows / batch", "accumulated batches are not counted"),
     ("assistant.pipeline", "for name in {**was, **wish}:", "for name in wish:", "a setting that is left out at a resume is not noticed"),
     ("assistant.pipeline", "less = BUDGETS if given.keys() & set(BUDGETS) else ()", "less = ()", "a stage has the budget of the file besides its own"),

@@ -45,6 +45,8 @@ MUTANTS = [
     ("text.playground", "change[top + 1] -= n", "change[top] -= n", "lengths are one merge early"),
     ("text.playground", "done = [s for s in done if s[0] < rank]", "done = []", "known chunks are whole from the start"),
     ("text.sources", "h = int(sha256(doc.encode(\"utf-8\", \"replace\"))[:8], 16) / 2 ** 32", "h = hash(doc) % 2 ** 32 / 2 ** 32", "the split depends on the process"),
+    ("text.sources", "held_out(source, limit and max(1, limit // 20), seed, column)", "held_out(source, limit, seed, column)", "limit holds out as many as it leaves"),
+    ("text.sources", "return held_out(source, limit and max(1, limit // 20), seed, column) or False", "return documents(source, \"train\", limit and max(1, limit // 20), seed, column)", "held-out documents are those of the training"),
     ("text.sources", "head = list(dict.fromkeys(head))", "head = list(head)", "duplicates in two splits"),
     ("text.sources", "return \"val\" if h < 0.05 else \"test\" if h < 0.10 else \"train\"", "return \"val\" if h < 0.05 else \"test\" if h < 0.05 else \"train\"", "nothing is held out for the test"),
     ("text.sources", "return sorted(found)", "return found", "files in the order of the disk"),

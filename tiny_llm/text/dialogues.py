@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['REQUESTS', 'TOPICS', 'HEROES', 'ANY_STORY', 'SMALL_TALK', 'OUTSIDE', 'UNKNOWN', 'DONT_KNOW', 'NO_SUCH_STORY',
-           'ABOUT_ALL', 'UNSAID', 'NOT_SAID', 'NOT_TOLD', 'COLOUR', 'ABOUT', 'TURN', 'STORY_ABOUT', 'phrasings',
-           'wishes', 'fitting', 'filled', 'typed', 'plain', 'request_pattern', 'wanted', 'turn', 'askable', 'questions',
-           'spoken', 'asked_for', 'answers', 'fulfilled', 'said_and_answered', 'exchange', 'aside', 'telling', 'asking',
-           'conversation', 'conversations']
+           'ABOUT_ALL', 'GENERAL', 'UNSAID', 'NOT_SAID', 'NOT_TOLD', 'COLOUR', 'ABOUT', 'KEPT', 'VISIT', 'TURN',
+           'STORY_ABOUT', 'phrasings', 'wishes', 'fitting', 'filled', 'typed', 'plain', 'request_pattern', 'any_story',
+           'wanted', 'turn', 'askable', 'questions', 'spoken', 'asked_for', 'answers', 'fulfilled', 'said_and_answered',
+           'exchange', 'aside', 'telling', 'asking', 'conversation', 'conversations']
 
 # %% ../../nbs/2_text/03_dialogues.ipynb #b47a0df0
 import random, re
@@ -169,12 +169,17 @@ def request_pattern(line):
     regex = "".join(re.escape(p) if isinstance(p, str) else choice(p[1], p[2]) for p in ends)
     return [p[1] for p in ends if not isinstance(p, str)], re.compile(regex, re.IGNORECASE)
 
+@lru_cache(None)
+def any_story():
+    "What asks for a story, whichever it is: plain lines."
+    return {plain(line) for line in ANY_STORY}
+
 def wanted(
     text: str,  # what a person said
 ):              # role -> text of what the story must have, in small letters; or None if it is no request
     "Read a request."
     asked = plain(text)
-    if asked in {plain(line) for line in ANY_STORY}: return {}
+    if asked in any_story(): return {}
     for line in REQUESTS:
         roles, regex = request_pattern(line)
         if found := regex.fullmatch(asked): return dict(zip(roles, map(str.lower, found.groups())))
@@ -192,6 +197,7 @@ ABOUT_ALL = (
     (("What is the story about?", "What happened?", "What was it about?", "What happens in the story?"),
      "It is about {topic}."),
 )
+GENERAL = [line for ways, _ in ABOUT_ALL for line in ways if "{" not in line]   # they name nobody
 UNSAID = ("What did {a} eat?", "How old is {a}?", "What is the favorite colour of {a}?", "Does {a} have a dog?",
           "What was {a} wearing?", "Can {a} read?", "How tall is {b}?", "What did {b} dream of?")
 NOT_SAID, NOT_TOLD = "The story does not say.", "I have not told you a story yet. Would you like one?"
@@ -266,19 +272,13 @@ ABOUT |= {
 }
 
 # %% ../../nbs/2_text/03_dialogues.ipynb #ee2aea49
+KEPT = "Did {a} keep the promise?", "Was the promise kept?", "Did {a} bring home the {x}?", "Did {a} keep it?"
+VISIT = "What did {b} do?", "Did {b} touch the {x}?", "What did the visitor do?", "What did {b} do with the {x}?"
 TURN = {   # which turn the story took -> ways to ask, answer
-    "kept": (("Did {a} keep the promise?", "Was the promise kept?", "Did {a} bring home the {x}?",
-              "Did {a} keep it?"),
-             "Yes, {a} kept the promise."),
-    "broken": (("Did {a} keep the promise?", "Was the promise kept?", "Did {a} bring home the {x}?",
-                "Did {a} keep it?"),
-               "No, {a} forgot the promise."),
-    "moved": (("What did {b} do?", "Did {b} touch the {x}?", "What did the visitor do?",
-               "What did {b} do with the {x}?"),
-              "{b} put the {c} {x} in the {r}."),
-    "left": (("What did {b} do?", "Did {b} touch the {x}?", "What did the visitor do?",
-              "What did {b} do with the {x}?"),
-             "{b} saw the {c} {x}, but did not touch it."),
+    "kept": (KEPT, "Yes, {a} kept the promise."),
+    "broken": (KEPT, "No, {a} forgot the promise."),
+    "moved": (VISIT, "{b} put the {c} {x} in the {r}."),
+    "left": (VISIT, "{b} saw the {c} {x}, but did not touch it."),
 }
 
 # %% ../../nbs/2_text/03_dialogues.ipynb #e6562188
@@ -331,8 +331,7 @@ def answers(
     for v in read:
         for ways, answer in questions(v.roles, v.plot, v.facts):
             if asked in map(plain, ways): return [answer]
-    general = [line for ways, _ in ABOUT_ALL for line in ways if "{" not in line]
-    if not read and asked in map(plain, general): return [NOT_TOLD]
+    if not read and asked in map(plain, GENERAL): return [NOT_TOLD]
 
 # %% ../../nbs/2_text/03_dialogues.ipynb #448b2591
 def fulfilled(
@@ -389,8 +388,7 @@ def conversation(rng, tellers, split="train"):
     "One conversation: perhaps a greeting, requests and their stories, questions, thanks."
     chat = exchange(rng, (0, 0, 1, 2, 3, 8), split) if rng.random() < 0.2 else []
     if rng.random() < 0.12:                  # nothing but small talk, or a question too early
-        early = [line for ways, _ in ABOUT_ALL for line in ways if "{" not in line]
-        if rng.random() < 0.2: return chat + said_and_answered(rng, early, [NOT_TOLD], split)
+        if rng.random() < 0.2: return chat + said_and_answered(rng, GENERAL, [NOT_TOLD], split)
         return chat + (aside(rng, split) if rng.random() < 0.3 else exchange(rng, range(len(SMALL_TALK)), split))
     told = []
     for _ in range(rng.choices((1, 2, 3), (75, 20, 5))[0]):

@@ -7,7 +7,7 @@ __all__ = ['TEXT_KINDS', 'TABLE_KINDS', 'BLOCK_BYTES', 'PACKED', 'UNPACK', 'LATI
            'FIRST_BYTES', 'COLUMNS', 'DELIMITERS', 'PAUSES', 'SPLIT_NAMES', 'FEW', 'LITTLE', 'LIMITS', 'lines_of',
            'cut_documents', 'reason', 'kind_of', 'opened', 'guess_coding', 'read_text', 'placed', 'texts_of',
            'json_rows', 'csv_rows', 'parquet_rows', 'read_files', 'find_files', 'exists', 'read', 'documents',
-           'held_out', 'read_rows']
+           'held_out', 'held_with', 'read_rows']
 
 # %% ../../nbs/2_text/07_sources.ipynb #c8208c04
 import bz2, codecs, csv, errno, gzip, io, json, lzma, os, re, shlex, shutil, socket, sysconfig, tempfile, time, zlib
@@ -850,6 +850,15 @@ def held_out(
     found = list(islice(_find(source, "val", limit, seed, column), limit))
     if not found: note("too little text to hold some out: nothing is, and no loss is measured")
     return found or None
+
+def held_with(
+    source="stories",           # as in `read`
+    limit: int | None = None,   # documents that the run reads at most; a twentieth of that is held out
+    seed: int = 0,              # as in `read`
+    column: str | None = None,  # as in `read`
+):                              # list of documents; False: too little text
+    "What a run holds out beside the documents that it learns from."
+    return held_out(source, limit and max(1, limit // 20), seed, column) or False
 
 # %% ../../nbs/2_text/07_sources.ipynb #74b1442f
 def read_rows(

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['BYTES', 'BYTE_ID', 'PATTERN', 'GPT2_PATTERN', 'SPECIALS', 'LONGEST', 'LETTER_OF', 'BYTE_OF', 'WHITE', 'CHAT_TEMPLATE',
-           'ENDS', 'PAD', 'UNKNOWN', 'TINTS', 'byte_ids', 'count_pairs', 'merge', 'replay_merges', 'compile_pattern',
-           'pretokenize', 'spell', 'unspell', 'added_tokens', 'find_added', 'split_at_specials', 'without_added',
-           'Tokenizer', 'check_text', 'give_pad', 'train_tokenizer', 'char_tokenizer', 'visible']
+           'ENDS', 'PAD', 'UNKNOWN', 'TOKENIZERS', 'TINTS', 'byte_ids', 'count_pairs', 'merge', 'replay_merges',
+           'compile_pattern', 'pretokenize', 'spell', 'unspell', 'added_tokens', 'find_added', 'split_at_specials',
+           'without_added', 'Tokenizer', 'check_text', 'give_pad', 'train_tokenizer', 'char_tokenizer',
+           'check_tokenizer', 'tokenizer_for', 'visible']
 
 # %% ../../nbs/2_text/04_tokenizer.ipynb #7e969aa3
 import html, json, re, unicodedata, warnings
@@ -427,6 +428,33 @@ def char_tokenizer(
     tk.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     tk.decoder = decoders.Fuse()
     return Tokenizer(tk)
+
+# %% ../../nbs/2_text/04_tokenizer.ipynb #a8f46ce2
+TOKENIZERS = ("bpe", "bytes", "chars")
+
+def check_tokenizer(kind: str):   # one of TOKENIZERS, a model folder, or a tokenizer.json
+    "UserError unless it is a kind of tokenizer or a place that exists."
+    if kind in TOKENIZERS or Path(kind).expanduser().exists(): return
+    raise UserError(f"tokenizer is {kind!r}; give {', '.join(TOKENIZERS)}, a model folder or a tokenizer.json."
+                    f"{did_you_mean(kind, TOKENIZERS)}")
+
+def _first(docs, chars):
+    for d in docs:
+        yield d[:chars]
+        chars -= len(d)
+        if chars <= 0: return
+
+def tokenizer_for(
+    docs,                       # documents of the text
+    kind: str = "bpe",          # one of TOKENIZERS, a model folder, or a tokenizer.json
+    vocab_size: int = 1024,     # of bpe
+    chars: int = 20_000_000,    # characters that bpe learns from, at most
+) -> Tokenizer:
+    "The tokenizer that was asked for: learnt from the text, or opened."
+    check_tokenizer(kind)
+    if kind == "bpe": return train_tokenizer(_first(docs, chars), vocab_size)
+    if kind == "bytes": return train_tokenizer(["-"], len(SPECIALS) + 256)      # nothing is left to be learnt
+    return char_tokenizer(docs) if kind == "chars" else Tokenizer.load(Path(kind).expanduser())
 
 # %% ../../nbs/2_text/04_tokenizer.ipynb #c2576364
 @patch

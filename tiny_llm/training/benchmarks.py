@@ -22,6 +22,7 @@ from ..basics import UserError, did_you_mean
 from ..text.sources import read_rows
 from ..text.tokenizer import SPECIALS
 from .config import check_number
+from .run import standard_error
 from .train import story_nats
 
 # %% ../../nbs/3_training/14_benchmarks.ipynb #6cc1d0c2
@@ -115,9 +116,7 @@ def ratio(
 ) -> tuple:     # (ratio, its standard error; None for less than 2 units)
     "The sum over all units per size, equation (3.14.3)."
     x, m = (torch.as_tensor(v, dtype=torch.float64) for v in (sums, sizes))
-    r, n = x.sum() / m.sum(), len(x)
-    if n < 2: return r.item(), None
-    return r.item(), ((n / (n - 1) * ((x - r * m) ** 2).sum()).sqrt() / m.sum()).item()
+    return (x.sum() / m.sum()).item(), standard_error(x, m)
 
 # %% ../../nbs/3_training/14_benchmarks.ipynb #73a83c37
 def t_quantile(

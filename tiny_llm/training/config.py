@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['OPTIMIZERS', 'DECAYS', 'DTYPES', 'CHOICES', 'SHORT', 'ZERO_TOO', 'SHARES', 'FREE', 'TEXT', 'check_number',
-           'check_choice', 'TrainConfig', 'changed', 'config_of', 'takes_settings', 'read_config', 'split_record',
-           'to_dict', 'resumed', 'requested']
+           'check_choice', 'TrainConfig', 'changed', 'config_of', 'takes_settings', 'read_config', 'numbers_read',
+           'split_record', 'to_dict', 'resumed', 'requested']
 
 # %% ../../nbs/3_training/03_config.ipynb #5b1531dc
 import json, math, re
@@ -65,7 +65,7 @@ class TrainConfig:
     batch: int = None           # B, rows at once; None: about 2,304 tokens on a CPU, more on a GPU
     accumulate: int = 1         # batches per step, one behind the other: as one batch of all their rows
     ctx: int = None             # T, predictions per row; None: the model's
-    lr: float = None            # learning rate at its highest; None: 0.02 for muon, 0.004 for adamw, 0.0004 for lion
+    lr: float = None            # learning rate at its highest; None: 0.02 for muon, 0.004 for adamw, 0.001 for lion
     optimizer: str = "muon"     # muon, adamw or lion
     weight_decay: float = 0.1   # of matrices
     betas: tuple = (0.9, 0.95)  # memory of AdamW's mean and square
@@ -176,13 +176,20 @@ def read_config(
         raise UserError(f"{path} cannot be read as YAML ({' '.join(str(e).split())})") from None
     if not isinstance(found, dict):
         raise UserError(f"{path} holds no settings; write one on each line, such as  lr: 0.02")
-    numbers = {f.name for f in fields(TrainConfig) if f.type is float}
-    return {k: _number(v) if k in numbers else v for k, v in found.items()}
+    return numbers_read(found)
 
-# %% ../../nbs/3_training/03_config.ipynb #1f592ff4
+# %% ../../nbs/3_training/03_config.ipynb #cb219917
 def _number(value):
     try: return float(value) if isinstance(value, str) else value
     except ValueError: return value
+
+def numbers_read(
+    found: dict,   # settings by name
+    more=(),       # names of other numbers
+) -> dict:
+    "The same, with numbers in place of the texts that YAML makes of 3e-4."
+    names = {f.name for f in fields(TrainConfig) if f.type is float} | {*more}
+    return {name: _number(v) if name in names else v for name, v in found.items()}
 
 # %% ../../nbs/3_training/03_config.ipynb #a5ef9d82
 def split_record(

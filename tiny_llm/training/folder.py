@@ -361,8 +361,10 @@ def write_sealed(
 # %% ../../nbs/3_training/02_folder.ipynb #4d9e683b
 def read_sealed(
     path,         # what `write_sealed` wrote, or any JSON object
+    missing=None, # what to give where there is no file; None: UserError
 ) -> dict:        # without the fingerprint
     "Read an object; UserError if it is not the one that was written."
+    if missing is not None and not Path(path).exists(): return missing
     data = read_json(path)
     if data.pop("sha256", None) in (None, _seal(data)): return data
     raise UserError(f"{path} is damaged: it does not have the SHA-256 that it names. "

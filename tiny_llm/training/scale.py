@@ -18,7 +18,7 @@ from torch import nn
 
 from ..basics import UserError, did_you_mean, pick_device
 from ..transformer.sizes import count_params, flops_per_token, kept_per_token, on_meta
-from .optim import newton_schulz
+from .optim import Muon, newton_schulz
 from .folder import read_checkpoint, write_checkpoint
 from .run import ALONE, Alone
 
@@ -172,19 +172,8 @@ def exchanged(
     return [pieces[i].view_as(part) for i, part in enumerate(parts)]
 
 # %% ../../nbs/3_training/10_scale.ipynb #d7e483dd
-class ShardedMuon(torch.optim.Optimizer):
-    "Muon for matrices that are cut by rows: each process orthogonalizes its share of them."
-    def __init__(self,
-        params,                       # DTensors, cut by rows
-        lr: float = 1e-3,             # learning rate, in the unit of AdamW's
-        weight_decay: float = 0.1,    # decoupled
-        momentum: float = 0.95,       # share of the old mean that is kept at each step
-        ns_steps: int = 5,            # Newton-Schulz steps
-        dtype: torch.dtype = torch.bfloat16,   # in which matrices travel and are orthogonalized
-    ):
-        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum, ns_steps=ns_steps))
-        self.dtype = dtype
-
+class ShardedMuon(Muon):
+    "`Muon` for DTensors, cut by rows: each process orthogonalizes its share; in `dtype` they travel too."
     @torch.no_grad()
     def step(self, closure=None):
         "One step; two messages between any two processes."
@@ -206,7 +195,7 @@ def optimizer(self: Group, opt):
     "With fsdp, a Muon that knows that matrices are cut takes the place of the one that does not."
     if self.parallel == "ddp": return opt
     def cut(part):
-        if "Muon" not in type(part).__name__: return part
+        if not isinstance(part, Muon): return part
         g = part.param_groups[0]
         new = ShardedMuon(g["params"], g["lr"], g["weight_decay"], g["momentum"], g["ns_steps"], part.dtype)
         new.param_groups[0]["base_lr"] = g["base_lr"]
@@ -298,7 +287,9 @@ def processes(
         raise UserError(f"this is one of {os.environ['WORLD_SIZE']} processes (WORLD_SIZE), but nothing says where "
                         "the first one is (MASTER_ADDR); start them with torchrun")
     group = Group(parallel or "ddp", device)
-    try: yield group
+    try:
+        yield group
+        dist.barrier()       # a thread of gloo that still holds a tensor when Python ends aborts the process
     finally: dist.destroy_process_group()
 
 def restarted(
