@@ -5,19 +5,20 @@
 NANOGPT is a checkout of github.com/karpathy/nanoGPT, of which no file is changed; the text is the one that its
 data/shakespeare_char/prepare.py downloads. Nothing else should run meanwhile: wall time is what is compared. Each command
 begins with empty caches, so start-up, measuring and compiling count. Making nanoGPT's train.bin is not counted; our
-tokenizing is.
+tokenizing is. Three seeds take about a quarter of an hour on two cores.
 
 The rule of the loss, for all: the validation text (its last tenth) is cut into windows of 64 characters; each character is
 predicted from those before it in its window, after the window's own first one: every character but the first of the text
 counts once and is seen with 1 to 64 characters before it. The weights are nanoGPT's checkpoint, which it chose by its
 validation loss, and ours at the end of the run. Who reads 256 characters is scored with windows of 256 as well.
 """
-import argparse, datetime, importlib.util, json, os, platform, shutil, statistics, subprocess, sys, tempfile, time
+import argparse, datetime, importlib.util, json, os, platform, shutil, subprocess, sys, tempfile, time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
-WIDTH, LONG = 64, 256      # LONG: of those who read so far; the length behind the 1.4697 of nanoGPT's README
+README_LOSS = 1.4697       # of nanoGPT's README, after three minutes on a GPU, in windows of 256
+WIDTH, LONG = 64, 256      # LONG: of those who read so far
 README = ["config/train_shakespeare_char.py", "--device=cpu", "--compile=False", "--eval_iters=20", "--log_interval=1",
           "--block_size=64", "--batch_size=12", "--n_layer=4", "--n_head=4", "--n_embd=128", "--dropout=0.0"]
 RECIPES = {name: ROOT / "nbs" / "3_training" / f"{name}.yaml" for name in ("characters_quick", "characters")}
@@ -138,19 +139,31 @@ def check_split(text_file, text):
     return len(train), len(first)
 
 
-def table(rows):
-    "Markdown: the losses of the seeds, mean times, and these as shares of nanoGPT's in the same round."
-    names, base = list(dict.fromkeys(r["who"] for r in rows)), {r["seed"]: r for r in rows if r["who"] == "nanoGPT"}
-    lines = [f"| | nats, windows of {WIDTH} | windows of {LONG} | wall (s) | share | processor (s) | share |",
-             "|---|---|---|---|---|---|---|"]
-    for name in names:
-        mine = [r for r in rows if r["who"] == name]
-        def mean(f): return statistics.mean(f(r) for r in mine)
-        cells = [", ".join(f"{r[kind]:.4f}" for r in mine if kind in r) for kind in ("loss", "loss_long")]
+def by_seed(rows):
+    "Markdown: each seed and program, its loss and its times, in seconds and as shares of nanoGPT's in that round."
+    base = {r["seed"]: r for r in rows if r["who"] == "nanoGPT"}
+    lines = [f"| | seed | nats, windows of {WIDTH} | windows of {LONG} | wall (s) | share | processor (s) | share |",
+             "|---|---|---|---|---|---|---|---|"]
+    for r in rows:
+        cells = [f"{r[kind]:.4f}" if kind in r else "" for kind in ("loss", "loss_long")]
         for kind in ("wall", "processor"):
-            cells += [f"{mean(lambda r: r[kind]):.1f}", f"{mean(lambda r: r[kind] / base[r['seed']][kind]):.3f}"]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+            cells += [f"{r[kind]:.1f}", f"{r[kind] / base[r['seed']][kind]:.3f}"]
+        lines.append(f"| {r['who']} | {r['seed']} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def judged(rows):
+    "What was asked of the two recipes, and with how many seeds each does it."
+    base = {r["seed"]: r for r in rows if r["who"] == "nanoGPT"}
+    def count(who, good):
+        mine = [r for r in rows if r["who"] == who]
+        return f"{sum(good(r, base[r['seed']]) for r in mine)} of {len(mine)}"
+    asked = {
+        "characters_quick: nanoGPT's loss or less": ("characters_quick", lambda r, b: r["loss"] <= b["loss"]),
+        "characters_quick: at most a sixth of its wall time": ("characters_quick", lambda r, b: 6 * r["wall"] <= b["wall"]),
+        "characters: its wall time or less": ("characters", lambda r, b: r["wall"] <= b["wall"]),
+        f"characters: below {README_LOSS} in windows of {WIDTH}": ("characters", lambda r, b: r["loss"] < README_LOSS)}
+    return {what: count(who, good) for what, (who, good) in asked.items()}
 
 
 def main(argv=None):
@@ -159,7 +172,7 @@ def main(argv=None):
     p.add_argument("text", type=Path, help="tinyshakespeare.txt")
     p.add_argument("--seeds", type=int, default=3)
     p.add_argument("--threads", type=int, default=2)
-    p.add_argument("--steps", type=int, default=2000, help="of nanoGPT; fewer only to try this command")
+    p.add_argument("--steps", type=int, default=2000, help="of nanoGPT, a multiple of 250; fewer only to try this command")
     p.add_argument("--our_steps", type=int, help="of ours, to try this command; left out: the recipes' own")
     p.add_argument("--json", type=Path, help="where to write the figures")
     a = p.parse_args(argv)
@@ -168,6 +181,8 @@ def main(argv=None):
     torch.set_num_threads(a.threads)
     text, rows = a.text.read_text(encoding="utf-8"), []
     learnt, first = check_split(a.text, text)
+    how = (f"PyTorch {torch.__version__}, {platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {a.threads} of "
+           f"{os.cpu_count()} cores, {datetime.date.today()}; nanoGPT {a.steps:,} steps; {len(validation(text)):,} characters.")
     print(f"ours trains on {learnt:,} characters of nanoGPT's {first:,}; {len(validation(text)):,} to validate", flush=True)
     with tempfile.TemporaryDirectory() as place:
         place = Path(place)
@@ -183,11 +198,11 @@ def main(argv=None):
                 if who != "nanoGPT" and loaded[0].cfg.ctx >= LONG: row["loss_long"] = score(loaded, text, LONG)
                 rows.append(row)
                 print(json.dumps(row), flush=True)
-    how = (f"{torch.__version__}, {platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {a.threads} of "
-           f"{os.cpu_count()} cores, {datetime.date.today()}; nanoGPT {a.steps:,} steps; {len(validation(text)):,} characters")
-    found = dict(how=f"PyTorch {how}.", table=table(rows), rows=rows, our_steps=a.our_steps, train_characters=[learnt, first])
-    if a.json: a.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    print(f"{found['table']}\n\n{found['how']}")
+            found = dict(how=how, table=by_seed(rows), judged=judged(rows), rows=rows, our_steps=a.our_steps,
+                         train_characters=[learnt, first])
+            if a.json: a.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")   # a cut loses one round
+    print(f"{found['table']}\n\n{found['how']}\n")
+    for what, seeds in found["judged"].items(): print(f"{what}: {seeds}")
 
 
 if __name__ == "__main__": main()

@@ -126,4 +126,16 @@ def test_a_whole_comparison(tmp_path, capsys):
         assert 0 < rows[name]["loss"] < 1.5 * math.log(len(set(text)))
         assert rows[name]["wall"] > 0 < rows[name]["processor"]
     printed = capsys.readouterr().out
-    assert printed.count("| ") > 10 and "| nanoGPT | " in printed and f"| characters | {rows['characters']['loss']:.4f}" in printed
+    assert "| nanoGPT | 0 | " in printed and f"| characters | 0 | {rows['characters']['loss']:.4f}" in printed
+    assert got["judged"] == duel.judged(got["rows"]) and all(f"{what}: " in printed for what in got["judged"])
+
+
+def test_the_table_and_the_verdict_compare_within_a_round():
+    times = {"nanoGPT": [(90.0, 1.88), (60.0, 1.90)], "characters_quick": [(15.0, 1.89), (11.0, 1.90)],
+             "characters": [(91.0, 1.40), (59.0, 1.47)]}
+    rows = [dict(who=who, seed=seed, loss=some[seed][1], wall=some[seed][0], processor=2 * some[seed][0])
+            for seed in (0, 1) for who, some in times.items()]
+    assert list(duel.judged(rows).values()) == ["1 of 2", "1 of 2", "1 of 2", "1 of 2"]
+    lines = duel.by_seed(rows).splitlines()
+    assert lines[3] == "| characters_quick | 0 | 1.8900 |  | 15.0 | 0.167 | 30.0 | 0.167 |"
+    assert lines[7] == "| characters | 1 | 1.4700 |  | 59.0 | 0.983 | 118.0 | 0.983 |"
