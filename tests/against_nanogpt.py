@@ -10,7 +10,7 @@ tokenizing is. Three seeds take about a quarter of an hour on two cores.
 The rule of the loss, for all: the validation text (its last tenth) is cut into windows of 64 characters; each character is
 predicted from those before it in its window, after the window's own first one: every character but the first of the text
 counts once and is seen with 1 to 64 characters before it. The weights are nanoGPT's checkpoint, which it chose by its
-validation loss, and ours at the end of the run. Who reads 256 characters is scored with windows of 256 as well.
+validation loss, and ours at the end of the run. Who reads 128 characters is scored with windows of 128 as well.
 """
 import argparse, datetime, importlib.util, json, os, platform, shutil, subprocess, sys, tempfile, time
 from pathlib import Path
@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
 README_LOSS = 1.4697       # of nanoGPT's README, after three minutes on a GPU, in windows of 256
-WIDTH, LONG = 64, 256      # LONG: of those who read so far
+WIDTH, LONG = 64, 128      # LONG: of those who read so far
 README = ["config/train_shakespeare_char.py", "--device=cpu", "--compile=False", "--eval_iters=20", "--log_interval=1",
           "--block_size=64", "--batch_size=12", "--n_layer=4", "--n_head=4", "--n_embd=128", "--dropout=0.0"]
 RECIPES = {name: ROOT / "nbs" / "3_training" / f"{name}.yaml" for name in ("characters_quick", "characters")}
