@@ -47,7 +47,7 @@ def test_the_windows_follow_one_another():
 def test_a_recipe_is_a_settings_file_and_a_preset(name):
     config, made = split_record(read_config(duel.RECIPES[name]), name)
     assert config.tokenizer == "chars" and config.steps and not made
-    assert preset(config.preset).ctx >= duel.WIDTH, "the model could not read a window"
+    assert config.ctx is None and preset(config.preset).ctx >= duel.WIDTH, "the model could not read a window"
 
 
 def play(folder, n=200):
@@ -125,6 +125,7 @@ def test_a_whole_comparison(tmp_path, capsys):
     for name in duel.RECIPES:
         assert 0 < rows[name]["loss"] < 1.5 * math.log(len(set(text)))
         assert rows[name]["wall"] > 0 < rows[name]["processor"]
+    assert ["loss_long" in rows[name] for name in rows] == [False, False, True], "who reads more is scored on more too"
     printed = capsys.readouterr().out
     assert "| nanoGPT | 0 | " in printed and f"| characters | 0 | {rows['characters']['loss']:.4f}" in printed
     assert got["judged"] == duel.judged(got["rows"]) and all(f"{what}: " in printed for what in got["judged"])
