@@ -153,7 +153,7 @@ own_presets = {
 }
 # for a million characters, of which each is a token (3.12 improvements)
 char_presets = {
-    "char-quick": dict(d_model=64, n_layers=1, n_heads=4, vocab_size=72, ctx=64, rope_base=30.0),
+    "char-quick": dict(d_model=48, n_layers=2, n_heads=4, vocab_size=72, ctx=64, rope_base=30.0),
     "char":       dict(d_model=80, n_layers=4, n_heads=5, vocab_size=72, ctx=128, rope_base=100.0),
 }
 
