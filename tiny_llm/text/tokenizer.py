@@ -420,9 +420,9 @@ def char_tokenizer(
         check_text(d)
         found.update(d)
     names = [*SPECIALS, PAD, *sorted(found)]
-    tk = tokenizers.Tokenizer(models.WordLevel({t: i for i, t in enumerate(names)}, unk_token=UNKNOWN))
+    alphabet = {t: i for i, t in enumerate(names)}
+    tk = tokenizers.Tokenizer(models.BPE(alphabet, [], unk_token=UNKNOWN))   # no merges: characters stay characters
     tk.add_special_tokens([*SPECIALS, PAD])
-    tk.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     tk.decoder = decoders.Fuse()
     return Tokenizer(tk)
 
