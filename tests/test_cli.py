@@ -249,12 +249,14 @@ def test_no_settings_file(room):
 
 def test_help_lists_every_option_once():
     from fastcore.docments import docments
-    from tiny_llm.training.config import TrainConfig
-    _, out, _ = same_process(["train", "--help"], Path.cwd())
-    listed = [w for line in out.splitlines() if (w := line.split()[:1]) and w[0].startswith("--")]
-    names = [w[0] for w in listed]
-    assert len(names) == len(set(names))
-    assert {f"--{n}" for n in docments(TrainConfig, returns=False)} - {"--model", "--betas"} <= set(names)
+    from tiny_llm.training.config import LORA, TrainConfig
+    lora = {f"--{n}" for n in LORA}
+    for command, less in ("train", lora), ("finetune", set()):
+        _, out, _ = same_process([command, "--help"], Path.cwd())
+        names = [w[0] for line in out.splitlines() if (w := line.split()[:1]) and w[0].startswith("--")]
+        assert len(names) == len(set(names))
+        if command == "train": assert {f"--{n}" for n in docments(TrainConfig, returns=False)} - {"--model", "--betas"} - lora <= set(names)
+        assert lora & set(names) == lora - less
 
 
 # Mistakes ------------------------------------------------------------------------------------------------------------
