@@ -12,7 +12,7 @@ from tiny_llm.basics import UserError
 from tiny_llm.transformer.huggingface import as_llama, hf_views, to_hf
 from tiny_llm.text.tokenizer import BYTE_OF, pretokenize
 from tiny_llm.transformer.rope import half_to_interleaved, rope_frequencies
-from tiny_llm.transformer.gguf import open_llama2c, smollm2
+from tiny_llm.transformer.gguf import from_llama2c, smollm2
 
 TEXT = Path(os.environ.get("TINY_LLM_DATA") or os.devnull)
 STORIES = TEXT.parent/"weights"/"stories260K"
@@ -181,7 +181,7 @@ real = pytest.mark.skipif(not STORIES.is_dir(), reason="needs the folder weights
 @real
 def test_stories260K_equals_transformers(tmp_path):
     from transformers import LlamaConfig, LlamaForCausalLM
-    model, tk = open_llama2c(STORIES/"stories260K.bin")
+    model, tk = from_llama2c(STORIES/"stories260K.bin")
     config, state = to_hf(model)
     theirs = LlamaForCausalLM(LlamaConfig(**{k: v for k, v in config.items() if k not in ("architectures", "torch_dtype")})).eval()
     theirs.load_state_dict(state, strict=False)
@@ -197,7 +197,7 @@ def test_stories260K_equals_transformers(tmp_path):
 
 @real
 def test_stories260K_tells_a_story():
-    model, tk = open_llama2c(STORIES/"stories260K.bin", STORIES/"tok512.bin")
+    model, tk = from_llama2c(STORIES/"stories260K.bin", STORIES/"tok512.bin")
     ids = [1] + tk.encode("Once upon a time").ids
     with torch.no_grad():
         for _ in range(100): ids.append(model(torch.tensor([ids]))[0, -1].argmax().item())

@@ -14,7 +14,7 @@ _home = {name: module for module, names in {
     "transformer.model":        "ModelConfig Transformer preset presets",
     "transformer.sizes":        "count_params counted_flops flops_per_token",
     "transformer.huggingface":  "family from_hf to_hf",
-    "transformer.gguf":         "open_gguf open_llama2c",
+    "transformer.gguf":         "from_gguf from_llama2c",
     "text.stories":             "Story floor_shares stories",
     "text.judge":               "parse surprisals",
     "text.dialogues":           "conversations fulfilled",
@@ -26,7 +26,7 @@ _home = {name: module for module, names in {
     "text.corpus":              "open_tokens tokenize",
     "text.batches":             "Batches pack",
     "text.large_corpora":       "LargeBatches",
-    "training.folder":          "load save",
+    "training.folder":          "load open_gguf open_llama2c save",
     "training.audit":           "audit",
     "training.improvements":    "lr_range_test gradient_noise noise_scale",
     "training.doctor":          "doctor doctor_callback",
@@ -39,10 +39,11 @@ _home = {name: module for module, names in {
     "training.plan":            "forecast plan",
     "training.scale":           "Group on_paper tensor_parallel",
     "training.benchmarks":      "benchmark blimp lambada paired text_loss",
-    "assistant.generate":       "generate grade_stories stream",
+    "assistant.generate":       "generate generate_batch grade_stories stream",
     "assistant.finetune":       "finetune grade_chat",
     "assistant.chat":           "ChatSession chat",
     "assistant.pipeline":       "pipeline",
+    "assistant.decoding":       "beam_search speculate",
 }.items() for name in names.split()}
 __all__ = sorted(_home)
 
