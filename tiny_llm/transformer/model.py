@@ -216,9 +216,7 @@ class Transformer(nn.Module):
     def hidden_states(self, ids, doc=None, positions=None, cache=None):
         "What the head reads, (B, T, C): the stream after the last block, normed. Arguments as in `forward`."
         start, T = 0 if cache is None else cache.length, ids.shape[-1]
-        if cache is not None and cache.pad is not None and positions is None:
-            at = torch.arange(start, start + T, device=ids.device) - cache.pad[:, None]
-            positions = at.clamp(0, self.cfg.longest - 1)      # at padding, and where a row has ended, they are idle
+        if cache is not None and cache.pad is not None: positions = self.unpadded(start, T, cache.pad)
         if not torch.compiler.is_compiling(): self.validate(ids, positions, start)   # would break the graph
         if doc is not None and cache is not None:
             raise UserError("doc and cache exclude each other: cache one document per row")
@@ -268,6 +266,17 @@ def init_weights(self: Transformer):
 def device(self: Transformer):
     "Where the weights are."
     return self.embed.weight.device
+
+# %% ../../nbs/1_transformer/06_model.ipynb #df4a55a0
+@patch
+def unpadded(self: Transformer,
+    start,  # places in the cache
+    T,      # new places
+    pad,    # (B,) places without a token at the start of each row
+):          # (B, T) positions
+    "Positions of the places of padded rows."
+    at = torch.arange(start, start + T, device=self.device) - pad[:, None]
+    return at.clamp(0, self.cfg.longest - 1)    # idle at padding, and where a row has ended and others go on
 
 # %% ../../nbs/1_transformer/06_model.ipynb #268922ea
 @patch
