@@ -348,13 +348,22 @@ def test_texts_have_the_model_s_distribution(guesser):
     assert improbable(counts / n, exact_pairs(small, prompt, **options), n)
 
 
+def greedy_as_without(m, prompt, **how):
+    s = speculate(m, Letters(), prompt, temperature=0, max_tokens=60, **how)
+    assert prompt + ids_of(s) == naive(m, prompt, 49 - len(prompt)) and s.reason == "context" and s.passes <= len(s.ids)
+    return s
+
+
 @each
 def test_greedy_guesses_change_nothing(shape):
     m, draft = model_of(shape).double(), model_of(dict(n_layers=1, d_model=16, n_heads=2), 5).double()
-    for prompt, how in itertools.product(([1, 2, 3, 1, 2, 3, 1], list(range(30))), (dict(), dict(draft=draft), dict(draft=m, ahead=7), dict(longest=1, ahead=12))):
-        s = speculate(m, Letters(), prompt, temperature=0, max_tokens=60, **how)
-        assert prompt + ids_of(s) == naive(m, prompt, 49 - len(prompt)) and s.reason == "context" and s.passes <= len(s.ids)
-        if how.get("draft") is m: assert s.passes <= 1 + len(s.ids) // 8      # every guess is kept
+    greedy_as_without(m, list(range(30)), draft=draft)
+    greedy_as_without(m, [1, 2, 3, 1, 2, 3, 1] * 4, longest=2, ahead=6)
+
+
+def test_a_draft_that_is_the_model_is_always_right():
+    m = model_of({}).double()
+    for ahead, passes in (1, 23), (4, 10), (7, 6), (60, 1): assert greedy_as_without(m, [1, 2, 3], draft=m, ahead=ahead).passes == passes
 
 
 def test_guesses_end_where_a_stream_ends():
