@@ -61,7 +61,8 @@ def beam_search(
         if not len(go) or len(done) == beams and best[go[0]] / n ** length_penalty <= done[-1].score: break
         text, total, rows = torch.cat([text[row[go]], new[go, None]], 1), best[go], row[go]
         cache.k, cache.v = cache.k[:, rows], cache.v[:, rows]
-    for beam in done: beam.text = tok.decode([i for i in beam.ids if i not in s.stop], special=False)
+    for beam in done:
+        beam.text = tok.decode([i for i in beam.ids if i not in s.stop], special=False)
     return done
 
 # %% ../../nbs/4_assistant/08_decoding.ipynb #711ae781
