@@ -12,7 +12,7 @@ from tiny_llm.basics import UserError
 from tiny_llm.transformer.huggingface import as_llama, hf_views, to_hf
 from tiny_llm.text.tokenizer import BYTE_OF, pretokenize
 from tiny_llm.transformer.rope import half_to_interleaved, rope_frequencies
-from tiny_llm.transformer.gguf import open_llama2c, smollm2
+from tiny_llm.transformer.gguf import from_llama2c, smollm2
 
 TEXT = Path(os.environ.get("TINY_LLM_DATA") or os.devnull)
 STORIES = TEXT.parent/"weights"/"stories260K"
@@ -59,6 +59,33 @@ def test_load_opens_a_gguf_file(small, tmp_path):
     assert tok.decode(ids).startswith("<|im_start|>user\nHi<|im_end|>") and tok.decode([i for i, w in zip(ids, weights) if w]) == "Yes<|im_end|>"
     again, tok2 = tl.load(tl.save(model, tok, tmp_path/"folder"), "cpu")   # and it is a folder like any other
     assert again.cfg == model.cfg and tok2.chat_text([dict(role="user", content="Hi")], True).endswith("assistant\n")
+
+
+def test_what_open_gguf_gives_goes_everywhere(small, tmp_path):
+    "Model and tokenizer are of the kinds that `load` gives: generate, chat, finetune's masks, evaluation, saving, the command."
+    pytest.importorskip("gguf")
+    from tiny_llm.assistant.chat import printable
+    file = write(small, tmp_path/"small.gguf")
+    (model, tok), (again, tok2) = tl.open_gguf(file, device="cpu"), tl.load(file, "cpu")
+    assert (type(model), type(tok), tok.hash, tok.template, model.origin) == (type(again), type(tok2), tok2.hash, tok2.template, str(file))
+    text = tl.generate(model, tok, "ab", max_tokens=9, seed=0)
+    assert text == tl.generate(again, tok2, "ab", max_tokens=9, seed=0) and text.startswith("ab")
+    session = tl.chat(model, tok, max_tokens=5, seed=0)
+    "".join(session.reply("Hi"))
+    assert session.last.reason in ("length", "stop") and session.turns[0] == dict(role="user", content="Hi")
+    assert len(tl.generate_batch(model, tok, ["a", "abc"], 5, seed=0)) == 2 and tl.beam_search(model, tok, "ab", 2, 4)[0].ids
+    s = tl.speculate(model, tok, "ab", max_tokens=9, temperature=0)
+    assert "ab" + "".join(s) == tl.generate(model, tok, "ab", max_tokens=9, temperature=0)
+    assert tl.open_gguf(file, ctx=32, device="cpu")[0].cfg.ctx == 32
+    out = run([sys.executable, "-m", "tiny_llm", "generate", "--model", str(file), "--prompt", "ab", "--max_tokens", "9", "--seed", "0", "--device", "cpu"], tmp_path)
+    assert out == printable(text) + "\n"
+
+
+def test_what_open_llama2c_gives_goes_everywhere():
+    if not STORIES.is_dir(): pytest.skip("stories260K is not at hand")
+    model, tok = tl.open_llama2c(STORIES/"stories260K.bin", device="cpu")
+    text = tl.generate(model, tok, "Once upon a time", max_tokens=20, temperature=0)
+    assert text.startswith("Once upon a time, there was a little girl named Lily.")
 
 
 def test_a_gguf_file_that_is_cut_off(small, tmp_path):
@@ -181,7 +208,7 @@ real = pytest.mark.skipif(not STORIES.is_dir(), reason="needs the folder weights
 @real
 def test_stories260K_equals_transformers(tmp_path):
     from transformers import LlamaConfig, LlamaForCausalLM
-    model, tk = open_llama2c(STORIES/"stories260K.bin")
+    model, tk = from_llama2c(STORIES/"stories260K.bin")
     config, state = to_hf(model)
     theirs = LlamaForCausalLM(LlamaConfig(**{k: v for k, v in config.items() if k not in ("architectures", "torch_dtype")})).eval()
     theirs.load_state_dict(state, strict=False)
@@ -197,7 +224,7 @@ def test_stories260K_equals_transformers(tmp_path):
 
 @real
 def test_stories260K_tells_a_story():
-    model, tk = open_llama2c(STORIES/"stories260K.bin", STORIES/"tok512.bin")
+    model, tk = from_llama2c(STORIES/"stories260K.bin", STORIES/"tok512.bin")
     ids = [1] + tk.encode("Once upon a time").ids
     with torch.no_grad():
         for _ in range(100): ids.append(model(torch.tensor([ids]))[0, -1].argmax().item())

@@ -16,7 +16,7 @@ from fastcore.meta import delegates
 from ..basics import UserError, alive, note
 from ..text.batches import Tokens, tokenize
 from ..text.sources import read_rows
-from .generate import generate_batch, wilson
+from .generate import AS_IS, generate_batch, wilson
 from ..text.dialogues import asked_for, conversations as story_talk, fulfilled
 from ..training.config import TrainConfig, config_of, read_config, split_record
 from ..training.run import past_run
@@ -257,8 +257,8 @@ def grade_chat(
                         f"{model.cfg.ctx}; use a smaller max_tokens")
     start = time.perf_counter()
     prompts = [tok.chat(m, reply=True)[0] for m in cuts]
-    made = generate_batch(model, tok, prompts, max_tokens, temperature, seed=seed, stop=[tok.end], top_k=0,
-                          top_p=1.0)        # the model as it is, whatever its folder recommends
+    as_is = {**AS_IS, "temperature": temperature}       # whatever its folder recommends
+    made = generate_batch(model, tok, prompts, max_tokens, seed=seed, stop=[tok.end], **as_is)
     seconds, kinds, right, examples = time.perf_counter() - start, Counter(), Counter(), []
     for messages, ids in alive("judging", len(cuts), "replies").each(zip(cuts, made)):
         reply = tok.decode([i for i in ids if i not in (tok.end, tok.eos)], special=False)

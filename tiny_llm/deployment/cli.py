@@ -426,7 +426,7 @@ def sampling_options(
     temperature: float = None,         # 0: the likeliest token; 1: the model as it is; left out: the folder's, or 0.8
     top_k: int = None,                 # draw among so many tokens; 0: all; left out: the folder's, or all
     top_p: float = None,               # draw among the likeliest with this share; left out: the folder's, or 1
-    repetition_penalty: float = 1.0,   # above 1: what has appeared becomes less likely
+    repetition_penalty: float = None,  # above 1: what has appeared becomes less likely; left out: the folder's, or 1
     seed: int = None,                  # same seed, same text
     device: str = "auto",              # auto, cpu, cuda, mps
 ):

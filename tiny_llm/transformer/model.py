@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from fastcore.basics import patch
 from torch import nn
-from .attention import KVCache, causal_mask, document_mask
+from .attention import KVCache, SlidingCache, causal_mask, document_mask
 from ..basics import UserError, did_you_mean
 from .blocks import Block, make_norm
 from .rope import rope_table
@@ -221,11 +221,12 @@ class Transformer(nn.Module):
     def hidden_states(self, ids, doc=None, positions=None, cache=None):
         "What the head reads, (B, T, C): the stream after the last block, normed. Arguments as in `forward`."
         start, T = 0 if cache is None else cache.length, ids.shape[-1]
+        if cache is not None and cache.pad is not None: positions = self.unpadded(start, T, cache.pad)
         if not torch.compiler.is_compiling(): self.validate(ids, positions, start)   # would break the graph
         if doc is not None and cache is not None:
             raise UserError("doc and cache exclude each other: cache one document per row")
         learned, cos, sin = self.position_tables(start, T, positions)
-        mask = self.mask(start, T, doc)
+        mask = self.mask(start, T, doc, cache)
         x = self.embed(ids)
         x = self.drop(x if learned is None else x + learned)
         for i, block in enumerate(self.blocks):
@@ -271,6 +272,17 @@ def device(self: Transformer):
     "Where the weights are."
     return self.embed.weight.device
 
+# %% ../../nbs/1_transformer/06_model.ipynb #ab177078
+@patch
+def unpadded(self: Transformer,
+    start,  # places in the cache
+    T,      # new places
+    pad,    # (B,) places without a token at the start of each row
+):          # (B, T) positions
+    "Positions of the places of padded rows."
+    at = torch.arange(start, start + T, device=self.device) - pad[:, None]
+    return at.clamp(0, self.cfg.longest - 1)    # idle at padding, and where a row has ended and others go on
+
 # %% ../../nbs/1_transformer/06_model.ipynb #268922ea
 @patch
 def position_tables(self: Transformer,
@@ -301,13 +313,18 @@ def mask(self: Transformer,
     start,  # tokens in the cache
     T,      # new tokens
     doc,    # (B, T) int or None
+    cache=None,  # KVCache
 ):          # bool mask, or None where the causal default of `attention` will do
-    "Who may look at whom: the past, within the document, within the window."
+    "Who may look at whom: the past, within the document, within the window, not at padding."
     if doc is not None: return document_mask(doc, self.cfg.window)
+    S = T + (start if cache is None else cache.held)
+    if cache is not None and cache.pad is not None:
+        back = causal_mask(T, S, self.device, self.cfg.window)
+        return back & (torch.arange(S, device=self.device) >= cache.pad[:, None, None, None])
     # an exported graph serves all lengths
-    longest = self.cfg.longest if torch.compiler.is_exporting() else start + T
+    longest = self.cfg.longest if torch.compiler.is_exporting() else S
     if self.cfg.window is None or self.cfg.window >= longest: return None
-    return causal_mask(T, start + T, self.device, self.cfg.window)
+    return causal_mask(T, S, self.device, self.cfg.window)
 
 # %% ../../nbs/1_transformer/06_model.ipynb #300f4508
 @patch
@@ -336,11 +353,17 @@ def cache(self: Transformer,
     batch=1,     # B, sequences
     size=None,   # tokens it can hold; None: the most that a sequence may have
     dtype=None,  # of keys and values; None: the weights' own
+    pad=None,    # (B,) places at the start of each row that hold no token; None: 0
+    slide=False, # keep no more than the window; such a cache cannot step back
 ):               # KVCache
     "An empty cache that fits this model."
-    c = self.cfg
-    return KVCache(c.n_layers, batch, c.n_kv_heads, min(size or c.longest, c.longest), c.head_dim,
-                   dtype=dtype or self.embed.weight.dtype, device=self.device)
+    c, longest = self.cfg, self.cfg.longest + (0 if pad is None else int(pad.max()))
+    size = min(size or longest, longest)
+    kind = SlidingCache if slide and c.window is not None and c.window < size and pad is None else KVCache
+    cache = kind(c.n_layers, batch, c.n_kv_heads, c.window if kind is SlidingCache else size, c.head_dim,
+                 dtype=dtype or self.embed.weight.dtype, device=self.device)
+    cache.pad = pad
+    return cache
 
 # %% ../../nbs/1_transformer/06_model.ipynb #cf1c0023
 def n_params(
