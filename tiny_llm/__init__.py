@@ -41,6 +41,7 @@ _home = {name: module for module, names in {
     "training.scale":           "Group on_paper tensor_parallel",
     "training.watch":           "LivePlot tracker",
     "training.benchmarks":      "benchmark blimp lambada paired text_loss",
+    "training.xray":            "xray",
     "assistant.generate":       "generate grade_stories stream",
     "assistant.finetune":       "finetune grade_chat",
     "assistant.chat":           "ChatSession chat",
