@@ -17,7 +17,7 @@ WAIT = 90_000  # milliseconds: far more than is needed on a machine that has not
 # A real model and a real cache, but what it says is dictated, one token every 40 ms, so that the test knows what it should see.
 SETUP = '''
 import time, torch
-from tiny_llm.assistant.chat import chat
+from tiny_llm.assistant.cell import chat
 from tiny_llm.transformer.model import ModelConfig, Transformer
 from tiny_llm.text.tokenizer import train_tokenizer
 

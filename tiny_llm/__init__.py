@@ -44,8 +44,9 @@ _home = {name: module for module, names in {
     "training.xray":            "xray",
     "assistant.generate":       "generate grade_stories stream",
     "assistant.finetune":       "finetune grade_chat",
-    "assistant.chat":           "ChatSession chat",
+    "assistant.chat":           "ChatSession",
     "assistant.pipeline":       "pipeline",
+    "assistant.cell":           "chat",
 }.items() for name in names.split()}
 __all__ = sorted(_home)
 

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['UNPRINTABLE', 'OFF', 'HELP', 'ACTIONS', 'fit_prompt', 'ChatSession', 'printable', 'run_command', 'Wrapped',
-           'line_editor', 'can_edit', 'talk']
+           'line_editor', 'columns', 'can_edit', 'talk']
 
 # %% ../../nbs/4_assistant/06_chat.ipynb #d84c8ed8
-import json, os, re, signal, sys, threading, time
+import json, os, re, shutil, signal, sys, threading, time
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -506,6 +506,10 @@ def line_editor(
             if not ask.default_buffer.text: raise
             return ""
     return read
+
+def columns() -> int:
+    "Of the terminal, at this moment."
+    return shutil.get_terminal_size().columns
 
 def can_edit() -> bool:
     "Whether there is a terminal in which lines can be edited."
