@@ -409,6 +409,11 @@ class XRayPanel:
         self.box.add_class("tiny-llm-xray")
 
 # %% ../../nbs/4_assistant/08_cell.ipynb #f30fa675
+def _label(tok, i, text):
+    "What a button says of a token: its text with its white space drawn, or its name."
+    named = next((name for name, n in tok.specials.items() if n == i), None)
+    return named or html.unescape(visible(text))
+
 _TOKEN = "width:auto;min-width:0;height:auto;line-height:1.6;margin:0;padding:0 1px;border:0;white-space:pre;color:inherit"
 
 @patch
@@ -424,13 +429,14 @@ def _draw(self: XRayPanel):
     import ipywidgets as W
     seen, some = self.seen, self.seen.places[:LIMIT]
     if self.tokens: self.tokens.close()
-    options = [(visible(p.text) if not p.text.strip() else p.text, t) for t, p in enumerate(some)]
+    options = [(_label(seen.tok, p.id, p.text), t) for t, p in enumerate(some)]
     self.tokens = W.ToggleButtons(options=options, value=None, tooltips=[f"{p.p:.1%}" for p in some],
                                   layout=dict(width="100%"))
     mark = f"tiny-llm-tokens-{self.tokens.model_id}"
     self.tokens.add_class(mark)
-    shades = "".join(f".{mark} button:nth-child({t + 1}){{background:{shade(p.p)}}}" for t, p in enumerate(some))
-    self.shades.value = f"<style>.{mark} button{{{_TOKEN}}}.{mark} button.mod-active{{outline:2px solid}}{shades}</style>"
+    one = f".{mark} .jupyter-button.widget-toggle-button"
+    shades = "".join(f"{one}:nth-child({t + 1}){{background:{shade(p.p)}}}" for t, p in enumerate(some))
+    self.shades.value = f"<style>{one}{{{_TOKEN}}}{one}.mod-active{{outline:2px solid}}{shades}</style>"
     self.tokens.observe(lambda change: self.pick(change["new"]), "value")
     self.holder.children = [self.tokens]
     more = f" The first {LIMIT} of {len(seen.places)} tokens." if len(seen.places) > LIMIT else ""
@@ -453,9 +459,11 @@ def pick(self: XRayPanel,
     "Show the alternatives of a token."
     if t is None: return
     p, tok = self.seen.places[t], self.seen.tok
-    names = {i: name for name, i in tok.specials.items()}
+    texts = [(tok.decode([i]), i, q) for i, q in p.top]
     self.facts.value = f"<span>{html.escape(about(self.seen, t))}</span>"
-    self._offer([f"{q:.1%} {names.get(i) or visible(tok.decode([i]))}" for i, q in p.top])
+    self._offer([f"{q:.1%} {_label(tok, i, text)}" for text, i, q in texts])
+    for choice, (text, *_) in zip(self.choices, texts):
+        choice.disabled = text.endswith("\ufffd")          # a part of a character
 
 @patch
 def take(self: XRayPanel,
