@@ -178,7 +178,8 @@ def _arrange(self: ChatCell):
     self.more.titles = ("Settings", "X-ray", "File")
     self.hint_row = row(*self.hints)
     self.box = W.VBox([W.HTML(_CSS, layout=dict(display="none")), page, self.hint_row, row(self.entry, self.send, self.stop),
-                       row(self.again, self.back, self.clear, self.place, self.edit, self.older, self.which, self.newer),
+                       row(self.again, self.back, self.clear, self.place, self.edit,
+                           W.HBox([self.older, self.which, self.newer])),
                        self.status, self.more], layout=dict(width="100%", overflow="hidden"))
     self.box.add_class("tiny-llm-chat")
 

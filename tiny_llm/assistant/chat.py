@@ -19,6 +19,7 @@ from prompt_toolkit import PromptSession
 from prompt_toolkit.completion import Completer, PathCompleter, WordCompleter
 from prompt_toolkit.document import Document
 from prompt_toolkit.formatted_text import ANSI
+from prompt_toolkit.output import create_output
 from prompt_toolkit.utils import get_cwidth
 
 from ..basics import UserError, did_you_mean, write_file
@@ -498,8 +499,9 @@ def line_editor(
 ):              # prompt -> a line; KeyboardInterrupt at an empty line, EOFError
     "Reads lines in a terminal, with history, completion and several lines in one paste."
     names = [f"/{name}" for name in (*ACTIONS, *DEFAULTS, "clear", "exit", "help", "load", "set")]
-    ask = PromptSession(completer=_Commands(sorted(names)), complete_while_typing=False, **streams)
-    ask.output.enable_cpr = False       # asking where the cursor is takes seconds where nobody answers
+    output = streams.pop("output", None) or create_output()
+    output.enable_cpr = False           # to ask where the cursor is takes seconds where nobody answers
+    ask = PromptSession(completer=_Commands(sorted(names)), complete_while_typing=False, output=output, **streams)
     def read(prompt):
         try: return ask.prompt(ANSI(prompt))
         except KeyboardInterrupt:
