@@ -269,4 +269,10 @@ MUTANTS = [
     ("training.watch", "if isinstance(value, (list, tuple)): value = dict(enumerate(value))", "pass", "lists are lost"),
     ("training.watch", "resume=\"allow\"", "resume=None", "W&B begins anew"),
     ("training.watch", "if id: self.client.update_run(id, \"RUNNING\")", "if False: pass", "settings are written twice"),
+    # 3.17 xray
+    ("training.xray", "max(first - a, 0):", "max(first - a - 1, 0):", "prices are those of the place before"),
+    ("training.xray", "index_fill(-1, nameless, -torch.inf).log_softmax", "log_softmax", "ids without a token take probability"),
+    ("training.xray", "if not seen.places[k].text: ends[k] =", "if False: ends[k] =", "an end mark belongs to the last word"),
+    ("training.xray", "{0.8 * (1 - p):.2f}", "{0.8 * p:.2f}", "what was certain is shaded"),
+    ("training.xray", "key=lambda w: w[4] - w[3])[:n]", "key=lambda w: -w[3])[:n]", "words that had to be dear are called dear"),
 ]
