@@ -40,8 +40,10 @@ class Dictated(torch.nn.Module):
         logits[:, -1, self.script.pop(0)] += 1000
         return logits
 '''
-CELL = """model = Dictated()
-model.about = dict(widget=[dict(text="Tell me <b>more</b>.")])
+CELL = """import pathlib
+model = Dictated()
+model.origin = "."
+pathlib.Path("README.md").write_text("---\\nwidget:\\n- text: Tell me <b>more</b>.\\n---\\n")
 cell = chat(model, tok, temperature=0.7)
 cell"""
 TEXT = ".tiny-llm-chat .tiny-llm-assistant .tiny-llm-text"

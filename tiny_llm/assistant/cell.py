@@ -6,15 +6,18 @@
 __all__ = ['LIMIT', 'markdown_html', 'transcript', 'pause_after', 'suggestions', 'ChatCell', 'XRayPanel', 'chat']
 
 # %% ../../nbs/4_assistant/09_cell.ipynb #2f7c5bd2
-import html, sys, threading, time
+import html, re, sys, threading, time
 from itertools import chain
+from pathlib import Path
 
 import mistune
+import yaml
 from fastcore.basics import patch
 from fastcore.meta import delegates
 
 from ..basics import UserError
 from ..training.folder import load
+from ..text.dialogues import ANY_STORY, SMALL_TALK
 from ..training.xray import about, shade, summary, words_html
 from ..text.tokenizer import visible
 from .chat import ChatSession, printable, talk
@@ -78,18 +81,30 @@ def pause_after(
     "How long to wait before the next update: equation (4.09.2)."
     return max(0.05, size / rate)
 
-# %% ../../nbs/4_assistant/09_cell.ipynb #fb75dd4b
+# %% ../../nbs/4_assistant/09_cell.ipynb #f51cd17f
+def _card(model):
+    "(header, text) of the model card in the folder that a model was loaded from; for people, so never an error."
+    try:
+        text = (Path(model.origin) / "README.md").read_text(encoding="utf-8")
+        head = re.match(r"---\s*\n(.*?)\n---", text, re.S)
+        found = yaml.safe_load(head[1]) if head else {}
+    except (AttributeError, TypeError, OSError, ValueError, RecursionError, yaml.YAMLError): return {}, ""
+    return found if isinstance(found, dict) else {}, text
+
 def suggestions(
     model,         # Transformer, as `load` opens it
     most: int = 3,
 ) -> list[str]:    # short texts
     "What this model can be asked, by the card of its folder."
-    found = []
-    for example in (getattr(model, "about", None) or {}).get("widget", []):
-        said = example.get("messages") or [dict(content=example.get("text", ""))]
-        text = printable(str(said[-1].get("content", ""))).strip()
+    (head, card), found = _card(model), []
+    for example in head.get("widget") if isinstance(head.get("widget"), list) else []:
+        said = example.get("messages", [example]) if isinstance(example, dict) else []
+        last = said[-1] if isinstance(said, list) and said else None
+        text = last.get("content", last.get("text", "")) if isinstance(last, dict) else ""
+        text = printable(str(text)).strip()
         if 0 < len(text) <= 80 and "\n" not in text: found.append(text)
-    return found[:most]
+    taught = [ANY_STORY[0], *(asked[0] for asked, _ in SMALL_TALK[1:3])]
+    return (found or taught * ("tiny_llm quickstart" in card))[:most]
 
 # %% ../../nbs/4_assistant/09_cell.ipynb #68080ce6
 _CSS = """<style>
