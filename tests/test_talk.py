@@ -46,7 +46,7 @@ def resize(t, columns, rows=30):
     os.kill(t.pid, signal.SIGWINCH)
 
 
-def says(t, line, *parts, key="\r", seconds=20):
+def says(t, line, *parts, key="\r", seconds=60):
     "Type a line; what is shown up to the next prompt holds these parts, in their order."
     t.type(line + key)
     shown = "".join(t.expect(part, seconds) + part for part in parts)

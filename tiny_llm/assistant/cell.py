@@ -53,11 +53,13 @@ def markdown_html(
 _STYLES = {"user": ("You", "margin-left:12%;background:rgba(0,114,178,.14)"),
            "assistant": ("Model", "margin-right:12%;background:rgba(128,128,128,.14)"),
            "system": ("System", "background:rgba(204,121,167,.14)")}
-_MESSAGE = """<div class="tiny-llm-{role}" style="{style};border-radius:10px;padding:4px 12px;margin-top:6px;line-height:1.45">
+_MESSAGE = """<div class="tiny-llm-{role}" 
+style="{style};border-radius:10px;padding:4px 12px;margin-top:6px;line-height:1.45">
 <div style="font-size:85%;opacity:.75">{name}</div>
 <div class="tiny-llm-text" style="overflow-wrap:anywhere{wrap}">{text}</div></div>
 """
-_FORGOTTEN = '<div style="font-size:85%;opacity:.75;text-align:center;margin-top:6px">— forgotten: what stands above —</div>\n'
+_FORGOTTEN = ('<div style="font-size:85%;opacity:.75;text-align:center;margin-top:6px">'
+              '— forgotten: what stands above —</div>\n')
 
 def _bubble(message):
     name, style = _STYLES[message["role"]]
@@ -192,7 +194,8 @@ def _arrange(self: ChatCell):
                              row(self.file, self.save, self.open)], selected_index=None)
     self.more.titles = ("Settings", "X-ray", "File")
     self.hint_row = row(*self.hints)
-    self.box = W.VBox([W.HTML(_CSS, layout=dict(display="none")), page, self.hint_row, row(self.entry, self.send, self.stop),
+    self.box = W.VBox([W.HTML(_CSS, layout=dict(display="none")), page, self.hint_row,
+                       row(self.entry, self.send, self.stop),
                        row(self.again, self.back, self.clear, self.place, self.edit,
                            W.HBox([self.older, self.which, self.newer])),
                        self.status, self.more], layout=dict(width="100%", overflow="hidden"))
@@ -350,7 +353,8 @@ def _edit(self: ChatCell):
 
 # %% ../../nbs/4_assistant/09_cell.ipynb #246a2c08
 @patch
-def _save(self: ChatCell): self._alone(lambda: self._set_status(f"The conversation is in {self.session.save(self.file.value)}."))
+def _save(self: ChatCell):
+    self._alone(lambda: self._set_status(f"The conversation is in {self.session.save(self.file.value)}."))
 
 @patch
 def _open(self: ChatCell):
@@ -366,7 +370,8 @@ def _switch(self: ChatCell, name):
     "Let another model go on; a folder is opened once."
     def switch():
         self.models.setdefault("as opened", (self.session.model, self.session.tok))
-        if not isinstance(self.models[name], tuple): self.models[name] = load(self.models[name], self.session.model.device)
+        if not isinstance(self.models[name], tuple):
+            self.models[name] = load(self.models[name], self.session.model.device)
         self.session.switch(*self.models[name])
         self._set_status(f"{name} goes on with the conversation.")
     self._alone(switch)
@@ -430,7 +435,8 @@ def _label(tok, i, text):
     named = next((name for name, n in tok.specials.items() if n == i), None)
     return named or html.unescape(visible(text))
 
-_TOKEN = "width:auto;min-width:0;height:auto;line-height:1.6;margin:0;padding:0 1px;border:0;white-space:pre;color:inherit"
+_TOKEN = ("width:auto;min-width:0;height:auto;line-height:1.6;margin:0;padding:0 1px;border:0;"
+          "white-space:pre;color:inherit")
 
 @patch
 def look(self: XRayPanel):

@@ -381,7 +381,8 @@ def _branched(session, value):
     if not 0 <= k < len(top): raise UserError(f"There are {len(top)} alternatives, not {k + 1}.")
     return session.branch(len(session.turns) - 1, t, top[k][0])
 
-ACTIONS = dict(xray=_looked_at, undo=lambda session, _: f"Taken back: {session.undo()}", system=_system_text, version=_chosen,
+ACTIONS = dict(xray=_looked_at, undo=lambda session, _: f"Taken back: {session.undo()}",
+               system=_system_text, version=_chosen,
                regenerate=lambda session, _: "".join(session.regenerate()), model=_other_model, open=_opened,
                save=lambda session, value: f"The conversation is in {session.save(value)}.")
 
@@ -485,7 +486,8 @@ class Wrapped:
 # %% ../../nbs/4_assistant/06_chat.ipynb #0ea1b703
 class _Commands(Completer):
     "Completes commands, and the names of files behind those that take one."
-    def __init__(self, names): self.names, self.files = WordCompleter(names, sentence=True), PathCompleter(expanduser=True)
+    def __init__(self, names):
+        self.names, self.files = WordCompleter(names, sentence=True), PathCompleter(expanduser=True)
 
     def get_completions(self, document, complete_event):
         name, space, rest = document.text_before_cursor.partition(" ")

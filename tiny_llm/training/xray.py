@@ -93,10 +93,11 @@ def xray(
     speed: float = None,  # tokens/s at which it was written
     slice_: int = 256,    # tokens that go through the model together
 ) -> XRay:
-    "Look at a text token by token: prices, entropies, alternatives, and floors where the text is of the stories' world."
+    "A text token by token: prices, entropies, alternatives, and floors where it is of the stories' world."
     ids = tok.encode(text) if isinstance(text, str) else list(text)
     before = list(before) if before is not None else [i for i in (tok.bos, tok.eos) if i is not None][:1]
-    if not ids or not before: raise UserError("There is nothing to look at: give a text, and at least one id before it.")
+    if not ids or not before:
+        raise UserError("There is nothing to look at: give a text, and at least one id before it.")
     used = len(before) + len(ids)
     if used - 1 > model.cfg.ctx:
         raise UserError(f"The text has {used} tokens with what stands before it, and the model's context is "
