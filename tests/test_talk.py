@@ -66,7 +66,7 @@ def test_every_command(desk):
     t.type("/temp\t")                                               # Tab
     t.expect("/temperature")
     says(t, " 1", "temperature is 1.0.")
-    says(t, "/xray", "instead:", "tokens; price", "room for", "cache")
+    says(t, "/xray", "tokens; price", "room for", "cache")
     says(t, "/xray 2", "token 2, entropy", "    8 ")
     says(t, "/xray 2 9", "There are 8 alternatives, not 9.")
     says(t, "/xray 2 3", "model>", "tokens/s")

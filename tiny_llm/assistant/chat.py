@@ -362,6 +362,7 @@ def _opened(session, value):
     session.open(value)
     return f"{len(session.turns)} messages of {value}."
 
+# %% ../../nbs/4_assistant/06_chat.ipynb #619ac685
 def _place(session, value):
     "(X-ray of the last reply, place from 0, alternative from 0 or None) of `7` or `7 2`."
     if not re.fullmatch(r"\d+( +\d+)?", value): raise UserError(f"/xray takes one or two numbers, not {value!r}.")
