@@ -1,9 +1,10 @@
 """The chat cell in a real browser: JupyterLab in Chromium, driven by playwright.
 
 What no other test can see: the text is sent by Enter and by a click, appears in steps while the page stays alive, is stopped in
-mid-reply, and is cleared. Screenshots are written to pytest's tmp_path; `pytest --basetemp=shots tests/test_chat_browser.py` keeps them in shots/.
+mid-reply, and is cleared; the X-ray opens and a click on an alternative branches; the cell fits a telephone, light and dark; the saved
+notebook keeps the conversation. Screenshots are written to pytest's tmp_path; `pytest --basetemp=shots tests/test_chat_browser.py` keeps them in shots/.
 """
-import json, os, re, secrets, shutil, socket, subprocess, sys, time, urllib.request
+import html, json, os, re, secrets, shutil, socket, subprocess, sys, time, urllib.request
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ WAIT = 90_000  # milliseconds: far more than is needed on a machine that has not
 # A real model and a real cache, but what it says is dictated, one token every 40 ms, so that the test knows what it should see.
 SETUP = '''
 import time, torch
-from tiny_llm.assistant.chat import chat
+from tiny_llm.assistant.cell import chat
 from tiny_llm.transformer.model import ModelConfig, Transformer
 from tiny_llm.text.tokenizer import train_tokenizer
 
@@ -34,10 +35,17 @@ class Dictated(torch.nn.Module):
         if cache.length == 0: self.script = tok.encode(SAID) + [tok.end]
         time.sleep(0.04)
         logits = self.model(ids, cache=cache)
+        seen = ids[:, 1:, None]                     # a text that is looked at: some tokens are likely, some are not
+        logits[:, :-1] = logits[:, :-1].scatter_add(-1, seen, 2.0 * (seen % 5))
         logits[:, -1, self.script.pop(0)] += 1000
         return logits
 '''
-CELL = "cell = chat(Dictated(), tok, temperature=0.7)\ncell"
+CELL = """import pathlib
+model = Dictated()
+model.origin = "."
+pathlib.Path("README.md").write_text("---\\nwidget:\\n- text: Tell me <b>more</b>.\\n---\\n")
+cell = chat(model, tok, temperature=0.7)
+cell"""
 TEXT = ".tiny-llm-chat .tiny-llm-assistant .tiny-llm-text"
 SAID = re.search(r'SAID = "(.*)"', SETUP)[1]
 
@@ -101,7 +109,7 @@ def page(lab):
         browser = p.chromium.launch(executable_path=path, args=FLAGS)
         page = browser.new_page(viewport=dict(width=1200, height=900))
         page.set_default_timeout(WAIT)
-        page.dialogs = []
+        page.dialogs, page.address = [], lab
         page.on("dialog", lambda d: (page.dialogs.append(d.message), d.dismiss()))
         page.goto(lab)
         page.wait_for_function("() => window.jupyterapp?.shell?.currentWidget?.context?.sessionContext?.session?.kernel?.status === 'idle'")
@@ -171,3 +179,84 @@ def test_chat_cell_in_chromium(page, tmp_path):
     page.wait_for_function("() => !document.querySelector('.tiny-llm-chat .tiny-llm-text')")
     shot("4_cleared")
     assert button(page, "Stop").is_disabled()
+
+
+def replies(page): return [text.strip() for text in page.locator(TEXT).all_text_contents()]
+
+
+def until(page, done, seconds=60):
+    "Wait until `done(page)`; what it gave."
+    end = time.monotonic() + seconds
+    while not (found := done(page)):
+        assert time.monotonic() < end, f"it did not happen in {seconds} s; replies: {replies(page)}"
+        time.sleep(0.05)
+    return found
+
+
+def width(page):
+    "How far anything of the cell reaches to the right, beyond the cell itself, in pixels."
+    return page.evaluate("""() => { const box = document.querySelector('.tiny-llm-chat'), edge = box.getBoundingClientRect().right;
+        const inside = [...box.querySelectorAll('button, input, select, textarea, .tiny-llm-text')].filter(e => e.offsetParent && !e.closest('.tiny-llm-text pre'));
+        return Math.max(...inside.map(e => e.getBoundingClientRect().right)) - edge }""")
+
+
+@pytest.mark.timeout(300)
+def test_x_ray_branches_and_what_is_kept_in_chromium(page, tmp_path):
+    shot = lambda name: page.locator(".tiny-llm-chat").screenshot(path=tmp_path/f"{name}.png")
+
+    # An empty chat offers what the folder's card says; a click says it, as text.
+    hint = button(page, "Tell me <b>more</b>.")
+    shot("1_empty")
+    hint.click()
+    watch(page, lambda text: text == SAID)
+    page.wait_for_selector(".tiny-llm-chat >> text=tokens/s")
+    assert page.locator(".tiny-llm-chat .tiny-llm-user .tiny-llm-text").text_content() == "Tell me <b>more</b>." and not hint.is_visible()
+
+    # The X-ray: a button for each token, with what is written in it, `<` too.
+    page.locator(".tiny-llm-chat .jp-Collapse-header, .tiny-llm-chat .jupyter-widget-Collapse-header", has_text="X-ray").first.click()
+    page.wait_for_selector(".tiny-llm-xray .widget-toggle-buttons button")
+    tokens = page.locator(".tiny-llm-xray .widget-toggle-buttons button")
+    texts = [t.replace("·", " ") for t in tokens.all_text_contents()]
+    assert "".join(texts).startswith(SAID[:40]), texts[:30]
+    assert page.locator(".tiny-llm-xray .widget-toggle-buttons img, .tiny-llm-xray .widget-toggle-buttons b").count() == 0
+    shades = {tokens.nth(n).evaluate("e => getComputedStyle(e).backgroundColor") for n in range(len(texts))}
+    assert len(shades) > 3, shades
+    assert page.locator(".tiny-llm-xray >> text=room for").count()
+    shot("2_xray")
+
+    # A token shows its alternatives; one of them is another way to go on, and the first reply stays within reach.
+    place = next(n for n, text in enumerate(texts) if text.strip() and n > 5)
+    tokens.nth(place).click()
+    page.wait_for_selector(".tiny-llm-xray >> text=instead:")
+    shot("3_alternatives")
+    offered = page.locator(".tiny-llm-xray button", has_text="%")
+    names = [name.split(" ", 1)[1].replace("·", " ") for name in offered.all_text_contents()]
+    k = next(k for k, name in enumerate(names) if name.isascii() and name.isalnum() and name != texts[place])
+    given, took, other = "".join(texts[:place]), names[k], offered.nth(k)
+    other.click()
+    until(page, lambda page: page.locator(".tiny-llm-chat >> text=2/2").count())      # it is told when the reply has ended
+    said = replies(page)[-1]
+    assert said.startswith((given + took).strip()), (said, given, took)
+    button(page, "‹").click()
+    until(page, lambda page: replies(page) == [SAID])
+
+    # Narrow and dark.
+    page.evaluate("() => window.jupyterapp.commands.execute('apputils:change-theme', { theme: 'JupyterLab Dark' })")
+    page.wait_for_selector("body[data-jp-theme-light=false]", state="attached")
+    page.evaluate("() => { const box = document.querySelector('.tiny-llm-chat'); box.style.width = '400px'; box.style.maxWidth = '400px' }")
+    time.sleep(0.5)
+    assert width(page) <= 1
+    shot("4_narrow_dark")
+
+    # What the saved notebook holds; with another kernel, on a page opened anew, it is there to read.
+    kept = page.locator(".tiny-llm-kept")
+    assert kept.count() == 1 and not kept.is_visible()
+    page.evaluate("() => window.jupyterapp.commands.execute('docmanager:save')")
+    file = tmp_path/"work/chat.ipynb"
+    until(page, lambda _: html.escape(SAID) in json.dumps(json.loads(file.read_text()), ensure_ascii=False).replace('\\"', '"'))
+    page.evaluate("async () => { await window.jupyterapp.shell.currentWidget.context.sessionContext.session.kernel.shutdown() }")
+    page.goto(re.sub("workspaces/w[0-9a-f]+", f"workspaces/w{secrets.token_hex(4)}", page.url.split("?")[0]) + "?" + page.address.split("?")[1])
+    page.wait_for_selector(".tiny-llm-kept")
+    assert page.locator(".tiny-llm-kept").is_visible() and SAID in page.locator(".tiny-llm-kept").text_content()
+    page.screenshot(path=tmp_path/"5_kept.png")
+    assert page.dialogs == [] and page.locator(".tiny-llm-kept img, .tiny-llm-kept script").count() == 0

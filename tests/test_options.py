@@ -343,7 +343,7 @@ def test_a_long_reply_leaves_room_for_what_was_said():
 
 def test_what_is_forgotten_is_told_once():
     said, chat = [], tiny_llm.assistant.chat
-    session = SimpleNamespace(forgotten=0, notice="told", last=SimpleNamespace(reason="stop"))
+    session = SimpleNamespace(forgotten=0, notice="told", last=SimpleNamespace(reason="stop"), turns=[dict(content="")])
     for n in (2, 2, 4):
         def reply(line, n=n):
             session.forgotten = n

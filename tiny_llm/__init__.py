@@ -42,12 +42,14 @@ _home = {name: module for module, names in {
     "training.scale":           "Group on_paper tensor_parallel",
     "training.watch":           "LivePlot tracker",
     "training.benchmarks":      "benchmark blimp lambada paired text_loss",
+    "training.xray":            "xray",
     "assistant.generate":       "generate generate_batch grade_stories stream",
     "assistant.finetune":       "finetune grade_chat",
     "assistant.lora":           "use_adapter",
-    "assistant.chat":           "ChatSession chat",
+    "assistant.chat":           "ChatSession",
     "assistant.pipeline":       "pipeline",
     "assistant.decoding":       "beam_search speculate",
+    "assistant.cell":           "chat",
 }.items() for name in names.split()}
 __all__ = sorted(_home)
 

@@ -279,4 +279,10 @@ MUTANTS = [
     ("training.folder", "base = named if named and Path(named).exists() or not beside.is_dir() else beside", "base = named", "a run that was moved does not find its base"),
     ("training.folder", "if Path(base).is_dir() and _is_adapter(model_folder(base)):", "if False:", "an adapter that is its own base is followed for ever"),
     ("training.folder", "if getattr(model, \"adapter\", None): return adapter_files(model)", "pass", "an adapter is not saved"),
+    # 3.17 xray
+    ("training.xray", "max(first - a, 0):", "max(first - a - 1, 0):", "prices are those of the place before"),
+    ("training.xray", "index_fill(-1, nameless, -torch.inf).log_softmax", "log_softmax", "ids without a token take probability"),
+    ("training.xray", "if not seen.places[k].text: ends[k] =", "if False: ends[k] =", "an end mark belongs to the last word"),
+    ("training.xray", "{0.8 * (1 - p):.2f}", "{0.8 * p:.2f}", "what was certain is shaded"),
+    ("training.xray", "key=lambda w: w[4] - w[3])[:n]", "key=lambda w: -w[3])[:n]", "words that had to be dear are called dear"),
 ]

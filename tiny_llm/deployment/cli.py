@@ -176,21 +176,10 @@ def colourful() -> bool:
 
 # %% ../../nbs/5_deployment/05_cli.ipynb #9ad73497
 def line_reader():
-    "How `talk` reads a line: with history in a terminal, as a transcript elsewhere."
-    if sys.stdin is not None and sys.stdin.isatty():
-        try: import readline                                  # gives `input` arrow keys and history
-        except ImportError: return input
-        def typed(prompt):
-            n = readline.get_current_history_length()
-            try: return input(re.sub("(\x1b\\[[0-9;]*m)", "\x01\\1\x02", prompt))    # codes that take no room
-            except KeyboardInterrupt:
-                # pressed while the prompt was drawn, it is heard only behind the line that was typed since
-                if readline.get_current_history_length() > n: return readline.get_history_item(n + 1)
-                if not readline.get_line_buffer(): raise
-                print()         # the line that was begun is given up, as shells do
-                return ""
-        return typed
-    from tiny_llm.assistant.chat import printable
+    "How `talk` reads a line: with history and Tab in a terminal, as a transcript elsewhere."
+    from tiny_llm.assistant.chat import can_edit, line_editor, printable
+    if can_edit(): return line_editor()
+    if sys.stdin is not None and sys.stdin.isatty(): return input
     def piped(prompt):
         try: line = sys.stdin.readline() if sys.stdin is not None else ""
         except KeyboardInterrupt: line = ""         # nobody sits there to press it twice
@@ -460,12 +449,12 @@ def chat(
     **kwargs,                   # as for `sampling_options`
 ):
     "Talk with a model. Ctrl-C stops a reply, Ctrl-D leaves, /help lists the rest."
-    from tiny_llm.assistant.chat import ChatSession, talk
+    from tiny_llm.assistant.chat import ChatSession, columns, talk
     from tiny_llm.assistant.generate import sampling
     device = kwargs.pop("device", "auto")
     sampling(**kwargs)          # complains before the model is opened
     session = ChatSession(*open_model(model, device), system=system, **kwargs)
-    talk(session, read=line_reader(), colour=colourful())
+    talk(session, read=line_reader(), colour=colourful(), width=columns if sys.stdout.isatty() else None)
 
 # %% ../../nbs/5_deployment/05_cli.ipynb #5735830f
 @command

@@ -215,16 +215,17 @@ def after_line(self: SurprisalReader, lines, weights, roles, begin):
 
 # %% ../../nbs/2_text/02_judge.ipynb #25f89003
 def surprisals(
-    text: str,   # a story
-    tale=story,  # the function that tells
-) -> list:       # (start, end, kind, nats): each word with the space before it, what it is, and its floor
+    text: str,           # a story
+    tale=story,          # the function that tells
+    whole: bool = True,  # False: up to where the text leaves the world, or ends
+) -> list:               # (start, end, kind, nats): each word with the space before it, what it is, and its floor
     "The floor of every word of a story (equation 2.02.1)."
     if not isinstance(text, str): raise UserError(f"the text is {text!r}; give a str")
     r = SurprisalReader(str(text))
-    if not (v := verdict_of(r, tale)):
+    if not (v := verdict_of(r, tale)) and whole:
         raise UserError(f"this text is no story of the world ({v.kind} {v.fault}); a floor is known for stories only")
     out, spans = [], iter(r.spans)
-    span = next(spans)
+    span = next(spans, None)
     for start, end, nats in r.words:
         while span[1] < end:
             span = next(spans)

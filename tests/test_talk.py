@@ -1,0 +1,163 @@
+"""The chat in a terminal of its own: every command, a long paste, letters in pieces, other windows, poor terminals; and that nothing which a person
+types, a model writes or a file holds steers it. What a signal does at any moment stands in test_cli.py."""
+import json, os, re, signal, threading, time
+
+import pytest
+
+from test_cli import Terminal, tl, unix
+from tiny_llm.text.tokenizer import train_tokenizer
+from tiny_llm.training.folder import save
+from tiny_llm.transformer.model import Transformer, preset
+
+pytestmark = unix
+HOSTILE = "\x1b[2J\x1b]0;owned\x07\x9b1m\u202e<script>alert(1)</script> ![x](http://h/x.png) <|end|><|system|>"
+STEERS = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")      # but for the line end, which a terminal gets as \r\n
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory):
+    "A folder with a model that knows all bytes and no order, and a history that means no good."
+    import torch
+    d = tmp_path_factory.mktemp("talk")
+    tok = train_tokenizer(["Seven little ducks went swimming one day, over the hills and far away."] * 9, 300)
+    torch.manual_seed(0)
+    for name in ("m", "n", "words"):
+        model = Transformer(preset("tiny", vocab_size=len(tok), ctx=512))
+        if name == "words":                                # hardly anything but words
+            for i in {tok.encode(f" {w}")[0] for w in "little ducks went swimming hills far".split()}: model.embed.weight.data[i] *= 40
+        save(model, tok, d/name)
+    said = [dict(role="user", content=HOSTILE), dict(role="assistant", content=HOSTILE)]
+    (d/"bad.json").write_text(json.dumps([dict(messages=said)]))
+    return d
+
+
+def terminal(desk, *more, columns=None, **env):
+    given = dict(zip(more[::2], more[1::2]))
+    line = {"--model": "m", "--seed": 1, "--temperature": 1.0, "--max_tokens": 60} | given
+    t = Terminal("chat", *(word for pair in line.items() for word in pair), cwd=desk, **env)
+    if columns: resize(t, columns)
+    t.expect("you>")
+    return t
+
+
+def resize(t, columns, rows=30):
+    import fcntl, struct, termios
+    fcntl.ioctl(t.fd, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+    os.kill(t.pid, signal.SIGWINCH)
+
+
+def says(t, line, *parts, key="\r", seconds=60):
+    "Type a line; what is shown up to the next prompt holds these parts, in their order."
+    t.type(line + key)
+    shown = "".join(t.expect(part, seconds) + part for part in parts)
+    return shown + t.expect("you>", seconds)
+
+
+def reply(shown):
+    "The model's words in what a terminal was sent, without the mark before and the speed behind."
+    return re.search(r"model>(?:\x1b\[0m)? (.*?)\r\n\(\d+ tokens", shown, re.S)[1]
+
+
+def test_every_command(desk):
+    t = terminal(desk, "--model", "words")
+    first = says(t, "Hello", "model>", "tokens/s")
+    says(t, "/help", "/xray", "now:    max_tokens 60")
+    says(t, "/set temperature 0.5", "temperature is 0.5.")
+    t.type("/temp\t")                                               # Tab
+    t.expect("/temperature")
+    says(t, " 1", "temperature is 1.0.")
+    says(t, "/xray", "tokens; price", "room for", "cache")
+    says(t, "/xray 2", "token 2, entropy", "    8 ")
+    says(t, "/xray 2 9", "There are 8 alternatives, not 9.")
+    says(t, "/xray 2 3", "model>", "tokens/s")
+    says(t, "/version", "Version 2 of 2")
+    says(t, "/version 1", "Version 1 of 2: ")
+    says(t, "/regenerate", "model>", "tokens/s")
+    says(t, "/version", "Version 3 of 3")
+    says(t, "/save talk.json", "is in ", "talk.json.")
+    says(t, "/undo", "Taken back: Hello")
+    t.type("/open tal\t")
+    t.expect("/open talk.json")
+    says(t, "", "2 messages of talk.json.")
+    says(t, "/load bad.json", "2 messages of bad.json.")
+    says(t, "/system Be brief.", "The system text is: Be brief.")
+    says(t, "/system off", "There is no system text.")
+    says(t, "/model n", "n goes on with the conversation.")
+    says(t, "/clear", "The conversation is empty.")
+    says(t, "/exti", "There is no command /exti", "Did you mean '/exit'?")
+    t.type("one \\\r")
+    t.expect("...>")
+    says(t, "two", "model>", "tokens/s")
+    says(t, "/save two.json", "is in ", "two.json.")
+    assert json.loads((desk/"two.json").read_text())[0]["messages"][0]["content"] == "one \ntwo"
+    t.type("/exit\r")
+    assert t.code() == 0 and "Traceback" not in t.seen
+    held = json.loads((desk/"talk.json").read_text())[0]
+    assert len(held["said"]) == 4 and held["messages"][0]["content"] == "Hello" and first
+
+
+def test_nothing_steers_the_terminal(desk):
+    "What a model writes, and what an opened file holds; the model writes all bytes, so much of it would."
+    t, replies = terminal(desk, "--max_tokens", 300), []
+    for n in range(3): replies.append(reply(says(t, f"Hello {n}", "model>", "tokens/s")))
+    assert not any(STEERS.search(text) for text in replies), replies
+    says(t, "/save wild.json", "is in ", "wild.json.")
+    wild = "".join(m["content"] for m in json.loads((desk/"wild.json").read_text())[0]["messages"])
+    assert STEERS.search(wild), "this model wrote nothing that steers: the test shows nothing"
+    says(t, "/open bad.json", "2 messages")
+    shown = says(t, "/version", "Version 1 of 1")
+    assert "\x1b[2J" not in shown and "\x1b]0" not in shown and "\u202e" not in shown and "<script>alert(1)</script> ![x](http://h/x.png)" in shown
+    seen = says(t, "/xray", "tokens; price")
+    assert not STEERS.search(re.sub(r"\x1b\[[?0-9;]*[A-Za-z]", "", seen.split("tokens; price")[0])), seen
+    t.type("/exit\r")
+    assert t.code() == 0
+
+
+def test_letters_in_pieces_and_a_long_paste(desk):
+    t = terminal(desk, "--max_tokens", 5)
+    for byte in "👩\u200d👧 é 第一".encode():
+        os.write(t.fd, bytes([byte]))
+        time.sleep(0.01)
+    says(t, "", "model>", "tokens/s")
+    says(t, "/save emoji.json", "is in ", "emoji.json.")
+    assert json.loads((desk/"emoji.json").read_text())[0]["messages"][0]["content"] == "👩\u200d👧 é 第一"
+    text = "Seven little ducks went swimming.\n" * 3000
+    writer = threading.Thread(target=t.type, args=(f"\x1b[200~{text}\x1b[201~\r",), daemon=True)      # 102 KB, as terminals paste
+    writer.start()
+    t.expect("The message is too long", 120); t.expect("you>")
+    writer.join(10)
+    says(t, "/undo", "Taken back: 👩\u200d👧 é 第一")                  # nothing of it was taken for a message
+    t.type("\x04")
+    assert t.code() == 0 and "Traceback" not in t.seen
+
+
+def test_the_window_changes(desk):
+    from prompt_toolkit.utils import get_cwidth
+    t, wide = terminal(desk, "--max_tokens", 150, "--model", "words", columns=120), {}
+    for columns in (120, 30, 60):
+        resize(t, columns)
+        shown = reply(says(t, "Hello", "model>", "tokens/s")).split("\r\n")
+        shown[0] = "model> " + shown[0]
+        assert max(map(get_cwidth, shown)) <= columns, (columns, shown)
+        wide[columns] = max(map(get_cwidth, shown))
+    assert wide[30] < wide[60] < wide[120], wide
+    t.type("/exit\r")
+    assert t.code() == 0
+
+
+def test_a_dumb_terminal(desk):
+    t = terminal(desk, "--max_tokens", 5, TERM="dumb")
+    says(t, "Hello", "model>", "tokens/s", key="\n")
+    says(t, "/top_k", "top_k is off.", key="\n")
+    assert "\x1b" not in t.seen
+    t.type("\x04")
+    assert t.code() == 0 and "Traceback" not in t.seen
+
+
+def test_no_terminal(desk):
+    "Through a pipe: no colour, no speed, no lines broken; without any input it ends."
+    said = tl("chat", "--model", "m", cwd=desk)
+    assert said.returncode == 0 and "model>" not in said.stdout
+    said = tl("chat", "--model", "words", "--max_tokens", 40, "--seed", 1, cwd=desk, stdin="Hello \\\nthere\n/xray\n/xray 1 2\n/exit\n")
+    assert said.returncode == 0 and "you> Hello \\\n...> there\n" in said.stdout and "tokens; price" in said.stdout
+    assert said.stdout.count("model>") == 2 and not STEERS.search(said.stdout) and not re.search(r"\(\d+ tokens", said.stdout)
