@@ -464,7 +464,7 @@ def test_chat_in_a_terminal(talker):
     t.expect("max_tokens is 5."); t.expect("you>")
     t.type("\x1b[A\x1b[A\r")                         # two lines up: Hello
     t.expect("Hello"); t.expect("model>")
-    t.expect("tokens/s)"); t.expect("you>")
+    t.expect(" tokens/s"); t.expect("you>")
     t.type("\x04")                                   # Ctrl-D leaves
     assert t.code() == 0
 
