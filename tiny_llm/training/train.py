@@ -30,7 +30,7 @@ from .optim import clip_gradients, make_optimizer, schedule
 from .config import (TrainConfig, changed, check_number, config_of, read_config, requested, resumed,
                                       split_record, takes_settings, to_dict)
 from .folder import fall_back, keep_base, read_sealed, sweep, write_sealed
-from .run import (ALONE, Clock, Run, choose, compiled, disk_error, disk_errors, evaluates,
+from .run import (ALONE, ENDS, Clock, Run, choose, compiled, disk_error, disk_errors, evaluates,
                                    layer_entropies, logs, most_memory, notices, outlook, past_run, peak, png_of,
                                    read_metrics, recompute, resolved, review, saves, shares_of, shows,
                                    standard_error, stop_requests, update_ratios, waits, weights_by_kind)
@@ -609,7 +609,7 @@ def finish(self: Training,
     write_file(folder / "plots.png", png_of(run.plot()))
     if not self.whole_file: self.write_line()
     write_sealed(folder / "summary.json", summary)
-    if stopped == "finished": shutil.rmtree(folder / ".previous", ignore_errors=True)
+    if stopped in ENDS: shutil.rmtree(folder / ".previous", ignore_errors=True)
     return run
 
 # %% ../../nbs/3_training/05_train.ipynb #20344f1f
