@@ -137,6 +137,7 @@ def test_patience_ends_a_run_and_best_is_kept(tmp_path, monkeypatch):
     losses_are(monkeypatch, [6, 5, 4, 4.5, 4.2, 4.1, 3])
     run = go(tmp_path/"run", steps=20, batch=2, eval_every=2, patience=3)
     assert (run.summary["stopped"], run.summary["step"], run.summary["best"]) == ("patience", 10, dict(step=4, val=4))
+    assert not (tmp_path/"run"/".previous").exists()
     assert step_in(tmp_path/"run"/"best") == 4 and step_in(tmp_path/"run"/"last") == 10
     again = go(tmp_path/"run", resume=True)
     assert (again.summary["stopped"], again.summary["step"]) == ("patience", 10), "it is over"
