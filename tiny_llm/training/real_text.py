@@ -152,7 +152,9 @@ def loss_by_kind_of_code(
     return bits_by_kind([byte_bits(model, tok, s) for s in sources], sources)
 
 # %% ../../nbs/3_training/16_real_text.ipynb #e8d61693
-def as_bytes(text): return text.encode() if isinstance(text, str) else bytes(text)
+def as_bytes(text):
+    "The UTF-8 of a str; bytes as they are."
+    return text.encode() if isinstance(text, str) else bytes(text)
 
 def _numbers(x, k):
     "Each run of k bytes as a number, the first byte in front."

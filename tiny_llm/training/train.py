@@ -177,6 +177,7 @@ class Training:
         self.callbacks, self.events, self.quiet = [evaluates, logs, waits, notices, saves], [], True
         self.shares = [] if self.clock.budget or config.repeat else None    # of the run that is over, at each step
         self.batches = _batches_of(tokens, config.ctx, config.batch, config.seed, group.rank, group.world)
+        self.flows = isinstance(tokens, TextStream)     # the text is read while the model trains
         group.spread(model)
         self.dtype, self.peak, self.fingerprint = getattr(torch, config.dtype), None, None
         how = config.optimizer, config.lr, config.weight_decay, config.betas, self.dtype, config.ema
@@ -191,9 +192,6 @@ class Training:
 
 # %% ../../nbs/3_training/05_train.ipynb #d9456820
 def _batches_of(tokens, *how): return (StreamBatches if isinstance(tokens, TextStream) else LargeBatches)(tokens, *how)
-
-@patch(as_prop=True)
-def flows(self: Training): return isinstance(self.batches, StreamBatches)
 
 @patch
 def emit(self: Training,

@@ -254,6 +254,7 @@ def begin(self: Tracker, t):
 
 @patch
 def tell(self: Tracker, t):
+    "Hand over the rows that have not been told yet."
     for key, row in untold(t.metrics, self.last):
         self.other.row(row)
         self.last = key
@@ -261,6 +262,7 @@ def tell(self: Tracker, t):
 
 @patch
 def keep(self: Tracker, t, over=False):
+    "Write down, in the run folder, up to which row the other program has all on its disk; `over`: it was closed."
     if not t.folder: return
     written = time.monotonic() - (0 if over else getattr(self.other, "settles", 0))
     while self.recent and self.recent[0][0] <= written:
