@@ -508,9 +508,14 @@ def test_ctrl_c_at_any_moment_does_not_leave(talker, tokens, presses):
         for _ in range(presses):
             t.type("\x03")
             time.sleep(0.003 * (n % 3))
-        time.sleep(0.2)                              # what is typed at once may be lost with the line that Ctrl-C gives up
-        t.type("/top_k\n")
-        t.expect("top_k is"); t.expect("you>")
+        for tries in (1, 2, 3):                      # what is typed at once may be lost with the line that Ctrl-C gives up
+            time.sleep(0.2)
+            t.type("/top_k\n")
+            try: t.expect("top_k is", 5 if tries < 3 else 60)
+            except AssertionError as e:
+                if tries == 3 or "ended before" in str(e): raise
+            else: break
+        t.expect("you>")
     t.type("/exit\n")
     assert t.code() == 0 and "Traceback" not in t.seen
 

@@ -133,8 +133,8 @@ def test_letters_in_pieces_and_a_long_paste(desk):
 
 def test_the_window_changes(desk):
     from prompt_toolkit.utils import get_cwidth
-    t, wide = terminal(desk, "--max_tokens", 150, "--model", "words", columns=120), {}
-    for columns in (120, 30, 60):
+    t, wide = terminal(desk, "--max_tokens", 150, "--model", "words", columns=120, COLUMNS="79"), {}
+    for columns in (120, 30, 60):                             # an exported COLUMNS was true once, and does not follow the window
         resize(t, columns)
         shown = reply(says(t, "Hello", "model>", "tokens/s")).split("\r\n")
         shown[0] = "model> " + shown[0]

@@ -514,7 +514,9 @@ def line_editor(
 
 def columns() -> int:
     "Of the terminal, at this moment."
-    return shutil.get_terminal_size().columns
+    try: now = os.get_terminal_size(sys.__stdout__.fileno()).columns
+    except (AttributeError, OSError, ValueError): now = 0
+    return now or shutil.get_terminal_size().columns    # last, for it believes an old COLUMNS in the environment
 
 def can_edit() -> bool:
     "Whether there is a terminal in which lines can be edited."
