@@ -145,6 +145,36 @@ def test_the_window_changes(desk):
     assert t.code() == 0
 
 
+def test_a_signal_from_outside_is_a_key(desk):
+    t = terminal(desk, "--max_tokens", 5)
+    t.type("half a line")
+    t.expect("half a line")
+    os.kill(t.pid, signal.SIGINT)
+    t.expect("you>")
+    says(t, "Hello", "model>", "tokens/s")
+    says(t, "/save whole.json", "is in ", "whole.json.")
+    assert json.loads((desk/"whole.json").read_text())[0]["messages"][0]["content"] == "Hello"
+    time.sleep(0.6)
+    for _ in range(2):
+        os.kill(t.pid, signal.SIGINT)
+        time.sleep(0.6)
+    assert t.code() == 0 and "Control-C again" in t.seen and "Traceback" not in t.seen
+
+
+def test_a_signal_while_the_editor_opens_or_closes():
+    "It is heard, and nothing is raised within the editor, whose event loop would stay open."
+    from prompt_toolkit.application import create_app_session
+    from prompt_toolkit.input import create_pipe_input
+    from prompt_toolkit.output import DummyOutput
+    from tiny_llm.assistant import chat
+    with create_pipe_input() as pipe, create_app_session(input=pipe, output=DummyOutput()):
+        app, inside = chat.PromptSession().app, []
+        with pytest.raises(KeyboardInterrupt), chat._as_a_key(app):
+            os.kill(os.getpid(), signal.SIGINT)
+            inside.append(1)
+        assert inside == [1] and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 def test_a_dumb_terminal(desk):
     t = terminal(desk, "--max_tokens", 5, TERM="dumb")
     says(t, "Hello", "model>", "tokens/s", key="\n")
