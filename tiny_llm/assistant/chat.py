@@ -484,6 +484,24 @@ class Wrapped:
         if self.held: self._put(self.held)
         self.held, self.gap = "", ""
 
+# %% ../../nbs/4_assistant/06_chat.ipynb #0d0354c8
+@contextmanager
+def _as_a_key(app):
+    "A signal is a key to this editor; what comes before or after it is raised when its event loop is closed."
+    outside = []
+    def heard(*_):
+        if app.loop: app.loop.call_soon_threadsafe(app.key_processor.send_sigint)
+        else: outside.append(1)
+    def begins():
+        if outside: heard()
+        outside.clear()
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGINT, heard) if main else None
+    try: yield begins
+    finally:
+        if main: signal.signal(signal.SIGINT, before)
+    if outside: raise KeyboardInterrupt
+
 # %% ../../nbs/4_assistant/06_chat.ipynb #0ea1b703
 class _Commands(Completer):
     "Completes commands, and the names of files behind those that take one."
@@ -507,28 +525,12 @@ def line_editor(
     ask = PromptSession(completer=_Commands(sorted(names)), complete_while_typing=False, output=output, **streams)
     def read(prompt):
         try:
-            with _as_a_key(ask.app) as begins: return ask.prompt(ANSI(prompt), pre_run=begins, handle_sigint=False)
+            with _as_a_key(ask.app) as begins:
+                return ask.prompt(ANSI(prompt), pre_run=begins, handle_sigint=False)
         except KeyboardInterrupt:
             if not ask.default_buffer.text: raise
             return ""
     return read
-
-@contextmanager
-def _as_a_key(app):
-    "A signal is a key to this editor. Raised while its event loop opens or closes, an exception would leave it open."
-    outside = []               # heard when the editor did not run yet, or no more
-    def heard(*_):
-        if app.loop: app.loop.call_soon_threadsafe(app.key_processor.send_sigint)
-        else: outside.append(1)
-    def begins():
-        if outside: heard()
-        outside.clear()
-    main = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGINT, heard) if main else None
-    try: yield begins
-    finally:
-        if main: signal.signal(signal.SIGINT, before)
-    if outside: raise KeyboardInterrupt
 
 def columns() -> int:
     "Of the terminal, at this moment."
