@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['TEXTS', 'commands', 'SHARED', 'FOLLOW', 'make_parser', 'as_typed', 'parse_options', 'command', 'tell', 'overview',
            'dispatch', 'main', 'try_line', 'colourful', 'line_reader', 'quickstart', 'check_out', 'data', 'train_rows',
-           'settings_of', 'read_text', 'shape_of', 'train', 'plan', 'tune', 'sampling_options', 'generate', 'chat',
-           'finetune', 'pipeline', 'eval_', 'run_folders', 'plot', 'info_rows', 'preset_rows', 'machine_rows',
-           'doctor_rows', 'info']
+           'settings_of', 'read_text', 'train', 'plan', 'tune', 'sampling_options', 'generate', 'chat', 'finetune',
+           'pipeline', 'eval_', 'run_folders', 'plot', 'machine_rows', 'info']
 
 # %% ../../nbs/5_deployment/05_cli.ipynb #4a764f48
 import gc, io, json, os, re, signal, sys, time, warnings
@@ -279,29 +278,6 @@ def read_text(
     tokens.require(config.ctx or 32)
     return tok, tokens, None if isinstance(tokens, TextStream) else held_with(data, *how)
 
-# %% ../../nbs/5_deployment/05_cli.ipynb #c1402c35
-def shape_of(
-    config: TrainConfig,
-    device,
-    vocab_size: int,   # of the tokenizer
-) -> tuple:            # (ModelConfig, name of the preset or None)
-    "The shape of the model that a configuration asks for."
-    from tiny_llm.training.plan import plan
-    from tiny_llm.transformer.model import ModelConfig, preset
-    if config.model: return ModelConfig(**{**config.model, "vocab_size": vocab_size}), None
-    name = config.preset or "quick"
-    if not config.preset and not config.steps:
-        name = plan(config.minutes, device, vocab_size, config.ctx, config.batch).preset
-    return preset(name, vocab_size=vocab_size, **({"ctx": config.ctx} if config.ctx else {})), name
-
-# %% ../../nbs/5_deployment/05_cli.ipynb #b3235774
-def _known_fields(model, where):
-    from dataclasses import fields
-    from tiny_llm.transformer.model import ModelConfig
-    known = [f.name for f in fields(ModelConfig)]
-    for name in model:
-        if name not in known: raise UserError(f"{where}: model has no field {name!r}.{did_you_mean(str(name), known)}")
-
 # %% ../../nbs/5_deployment/05_cli.ipynb #8f58fc74
 @command
 @takes_settings(but=["model", "betas", *LORA])
@@ -318,13 +294,14 @@ def train(
     began = time.perf_counter()                         # loading PyTorch belongs to the minutes
     config = config_of(config, kwargs.get("repeat"))
     pick_device(device)
+    from tiny_llm.training.plan import known_fields
     from tiny_llm.training.run import finished, past_run
     from tiny_llm.training.scale import processes, restarted
     from tiny_llm.training.watch import watchers
     from tiny_llm.transformer.model import preset as shape
     asked, made = settings_of(config, kwargs, "train")
     out, told = Path(out).expanduser(), watchers(track)
-    if asked.model: _known_fields(asked.model, config)
+    if asked.model: known_fields(asked.model, config)
     elif asked.preset: shape(asked.preset)
     with processes(parallel, device) as group:
         resume = group.share(resume or restarted(out))
@@ -339,6 +316,7 @@ def train(
 def _train(asked, made, config, given, out, device, resume, began, group, told):
     import torch
     from dataclasses import asdict
+    from tiny_llm.training.plan import shape_of
     from tiny_llm.training.folder import fall_back
     from tiny_llm.training.run import past_run
     from tiny_llm.training.train import train as fit
@@ -374,7 +352,7 @@ def plan(
     **kwargs,                 # settings of `TrainConfig`
 ):
     "Memory, seconds per step and expected loss of a training on this machine, measured; on GPUs, reckoned."
-    from tiny_llm.training.plan import forecast, on_gpus
+    from tiny_llm.training.plan import forecast, on_gpus, shape_of
     check_number("seconds", seconds, whole=False)
     asked, _ = settings_of(config, kwargs, "plan")
     if gpus or gpu: return print(on_gpus(asked, gpus, gpu, kwargs.get("vocab_size")))
@@ -400,6 +378,7 @@ def tune(
 ):
     "Search for settings by short trainings; best.yaml is for train --config."
     how = {n: v for n, v in locals().items() if n not in ("config", "kwargs")} | dict(began=time.perf_counter())
+    from tiny_llm.training.plan import shape_of
     from tiny_llm.training.tune import check_search, tune as search_for
     asked, _ = settings_of(config, kwargs, "tune")
     check_search(**how)                                 # complains before the text is read
@@ -592,49 +571,6 @@ def plot(
         write_file(folder / "plots.png", png_of(Run(folder).plot()))
         print(folder / "plots.png")
 
-# %% ../../nbs/5_deployment/05_cli.ipynb #98a4883c
-def _gigabytes(n_bytes): return f"{n_bytes / 1e9:,.1f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:,.1f} MB"
-
-def info_rows(
-    cfg,     # ModelConfig
-) -> list:   # rows for `table`
-    "What a model of this shape consists of, and what it costs."
-    from tiny_llm.transformer.model import n_params
-    from tiny_llm.transformer.sizes import (count_params, counted_flops, flops_per_token, inference_memory, on_meta,
-                                            training_memory)
-    def millions(one, all_): return f"{one / 1e6:,.2f} million to generate, {all_ / 1e6:,.2f} million to train"
-    parts, train = count_params(cfg), training_memory(cfg)
-    n = sum(parts.values())
-    use = [{what: _gigabytes(b) for what, b in inference_memory(cfg, size=width).items()} for width in (4, 2)]
-    work = [flops_per_token(cfg, cfg.ctx, backward) for backward in (False, True)]
-    forward, backward = counted_flops(cfg, cfg.ctx, whole=False)
-    counted = f"{n:,} by the formula, {n_params(on_meta(cfg)):,} counted in the model"
-    return [("parameters", counted), *((f"  {part}", f"{m:,}") for part, m in parts.items() if m),
-            ("shape", f"{cfg.n_layers} layers, {cfg.d_model} wide, {cfg.n_heads} heads of {cfg.head_dim} "
-                      f"({cfg.n_kv_heads} for keys and values), feed-forward {cfg.d_ff}, vocabulary "
-                      f"{cfg.vocab_size:,}, context {cfg.ctx:,}"),
-            ("architecture", cfg.describe()),
-            ("operations per token", f"{millions(*work)}, at full context, by the formula"),
-            ("  counted by PyTorch", millions(forward / cfg.ctx, (forward + backward) / cfg.ctx)),
-            ("memory to train", f"{_gigabytes(16 * n)} of weights, gradients and AdamW (float32), "
-                                f"{_gigabytes(train['activations'])} of activations per full sequence"),
-            ("memory to generate", f"{use[0]['weights']} of weights, {use[0]['cache']} of cache at full context; "
-                                   f"in bfloat16 {use[1]['weights']} and {use[1]['cache']}")]
-
-# %% ../../nbs/5_deployment/05_cli.ipynb #d7ad7cf5
-def preset_rows(
-    preset: str,    # name
-    size: dict,     # vocab_size and ctx, where they were given
-) -> list:          # rows for `table`
-    "What a named shape weighs and costs, and what was claimed of it."
-    from tiny_llm.transformer.model import preset as shape
-    from tiny_llm.transformer.sizes import claims, count_params
-    rows = [("preset", preset), *info_rows(shape(preset, **size))]
-    if preset in claims and not size:
-        claim, n = claims[preset], sum(count_params(shape(preset)).values())
-        rows[2:2] = [("  claimed", f"{claim:,.0f} ({100 * (n / claim - 1):+.1f}%)")]
-    return rows
-
 # %% ../../nbs/5_deployment/05_cli.ipynb #3e3003e8
 def machine_rows() -> list:   # rows for `table`
     "This machine, and all presets."
@@ -654,17 +590,6 @@ def machine_rows() -> list:   # rows for `table`
         rows.append((f"  {name}", f"{sum(count_params(preset(name)).values()):>13,} parameters{claimed}"))
     return rows
 
-# %% ../../nbs/5_deployment/05_cli.ipynb #9175e62c
-def doctor_rows(
-    folder,      # run folder, or any other
-) -> list:       # rows for `table`
-    "What is wrong with the run of a folder, if there is one."
-    from tiny_llm.training.doctor import doctor
-    folder = Path(folder).expanduser()
-    if not (folder / "metrics.jsonl").is_file(): return []
-    found = [(f"  {f.name}", f"{f.evidence}. {f.advice}") for f in doctor(folder)]
-    return [("doctor", f"{len(found) or 'nothing'} found"), *found]
-
 # %% ../../nbs/5_deployment/05_cli.ipynb #43bd73d6
 @command
 def info(
@@ -678,12 +603,14 @@ def info(
     size = {name: value for name, value in (("vocab_size", vocab_size), ("ctx", ctx)) if value is not None}
     gc.disable()        # loading PyTorch leaves no garbage, and looking for it costs half a second
     try:
+        from tiny_llm.transformer.sizes import cost_rows, preset_rows
         if preset: rows = preset_rows(preset, size)
         elif not model: rows = machine_rows()
         else:
+            from tiny_llm.training.doctor import doctor_rows
             from tiny_llm.training.folder import model_folder
             net, tok = open_model(model, "cpu")
-            rows = [("model", model if Path(model).is_file() else model_folder(model)), *info_rows(net.cfg),
+            rows = [("model", model if Path(model).is_file() else model_folder(model)), *cost_rows(net.cfg),
                     ("tokenizer", f"{len(tok):,} tokens, sha256 {tok.hash[:16]}"), *doctor_rows(model)]
         print(table(rows))
     finally: gc.enable()

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['GRAVE', 'STEP_SIZE', 'TOO_GOOD', 'CHECKS', 'FOLLOWS', 'Finding', 'Findings', 'spread_of', 'block_medians',
-           'noise_bar', 'step_share', 'unigram_nats', 'Facts', 'layer_writes', 'examine', 'doctor', 'doctor_callback']
+           'noise_bar', 'step_share', 'unigram_nats', 'Facts', 'layer_writes', 'examine', 'doctor', 'doctor_callback',
+           'doctor_rows']
 
 # %% ../../nbs/3_training/08_doctor.ipynb #dffa4fb2
 import math, statistics
@@ -383,3 +384,13 @@ def doctor_callback(
     if not training.quiet:
         for f in found:
             note(f"{f.severity}: {f.name}: {f.evidence}. {f.advice}")
+
+# %% ../../nbs/3_training/08_doctor.ipynb #812bad7f
+def doctor_rows(
+    folder,      # run folder, or any other
+) -> list:       # (what, text)
+    "What is wrong with the run of a folder, if there is one."
+    folder = Path(folder).expanduser()
+    if not (folder / "metrics.jsonl").is_file(): return []
+    found = [(f"  {f.name}", f"{f.evidence}. {f.advice}") for f in doctor(folder)]
+    return [("doctor", f"{len(found) or 'nothing'} found"), *found]

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['claims', 'count_params', 'on_meta', 'flops_per_token', 'counted_flops', 'kept_per_token', 'training_memory',
-           'inference_memory']
+           'inference_memory', 'cost_rows', 'preset_rows']
 
 # %% ../../nbs/1_transformer/07_sizes.ipynb #8e923f8e
 from dataclasses import replace
 import torch
-from .model import Transformer
+from .model import Transformer, n_params, preset
 
 # %% ../../nbs/1_transformer/07_sizes.ipynb #ed38ff69
 def count_params(
@@ -108,3 +108,41 @@ def inference_memory(
     "Weights, and the cache of keys and values."
     cache = 2 * cfg.n_layers * cfg.n_kv_heads * cfg.head_dim * batch * (T or cfg.ctx)
     return {"weights": size * sum(count_params(cfg).values()), "cache": size * cache}
+
+# %% ../../nbs/1_transformer/07_sizes.ipynb #8283de51
+def _gigabytes(n_bytes): return f"{n_bytes / 1e9:,.1f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:,.1f} MB"
+def _millions(one, all_): return f"{one / 1e6:,.2f} million to generate, {all_ / 1e6:,.2f} million to train"
+
+def cost_rows(
+    cfg,     # ModelConfig
+) -> list:   # (what, text)
+    "What a model of this shape consists of, and what it costs."
+    parts, train = count_params(cfg), training_memory(cfg)
+    n = sum(parts.values())
+    use = [{what: _gigabytes(b) for what, b in inference_memory(cfg, size=width).items()} for width in (4, 2)]
+    work = [flops_per_token(cfg, cfg.ctx, backward) for backward in (False, True)]
+    forward, backward = counted_flops(cfg, cfg.ctx, whole=False)
+    counted = f"{n:,} by the formula, {n_params(on_meta(cfg)):,} counted in the model"
+    return [("parameters", counted), *((f"  {part}", f"{m:,}") for part, m in parts.items() if m),
+            ("shape", f"{cfg.n_layers} layers, {cfg.d_model} wide, {cfg.n_heads} heads of {cfg.head_dim} "
+                      f"({cfg.n_kv_heads} for keys and values), feed-forward {cfg.d_ff}, vocabulary "
+                      f"{cfg.vocab_size:,}, context {cfg.ctx:,}"),
+            ("architecture", cfg.describe()),
+            ("operations per token", f"{_millions(*work)}, at full context, by the formula"),
+            ("  counted by PyTorch", _millions(forward / cfg.ctx, (forward + backward) / cfg.ctx)),
+            ("memory to train", f"{_gigabytes(16 * n)} of weights, gradients and AdamW (float32), "
+                                f"{_gigabytes(train['activations'])} of activations per full sequence"),
+            ("memory to generate", f"{use[0]['weights']} of weights, {use[0]['cache']} of cache at full context; "
+                                   f"in bfloat16 {use[1]['weights']} and {use[1]['cache']}")]
+
+# %% ../../nbs/1_transformer/07_sizes.ipynb #be3b9891
+def preset_rows(
+    name: str,      # of a preset
+    size: dict,     # vocab_size and ctx, where they were given
+) -> list:          # (what, text)
+    "What a named shape weighs and costs, and what was claimed of it."
+    rows = [("preset", name), *cost_rows(preset(name, **size))]
+    if name in claims and not size:
+        claim, n = claims[name], sum(count_params(preset(name)).values())
+        rows[2:2] = [("  claimed", f"{claim:,.0f} ({100 * (n / claim - 1):+.1f}%)")]
+    return rows
