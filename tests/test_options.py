@@ -9,6 +9,7 @@ import pytest
 from tiny_llm.basics import UserError
 from tiny_llm.deployment import cli, quickstart as quick
 from tiny_llm.training.config import TrainConfig, to_dict
+from tiny_llm.training.watch import run_folders
 import tiny_llm.assistant.chat, tiny_llm.assistant.finetune, tiny_llm.text.cleaning, tiny_llm.training.doctor     # whole, before a recorder takes the place of a part
 
 DONE = dict(stopped="finished", dtype="float32", compiled=False, device="cpu", params=1, tokens=8, step=2, seconds=30.0, tokens_per_s=1.0)
@@ -121,7 +122,7 @@ def test_info_and_plot(watch, tmp_path):
     assert "vocabulary 300, context 64" in fine("info --preset tiny --vocab_size 300 --ctx 64")
     for name in ("stories", "chat"): (tmp_path/"q"/name).mkdir(parents=True)
     for name in ("stories", "chat"): (tmp_path/"q"/name/"metrics.jsonl").touch()
-    assert [p.name for p in cli.run_folders("q")] == ["stories", "chat"]
+    assert [p.name for p in run_folders("q")] == ["stories", "chat"]
 
 
 def test_plan(watch):

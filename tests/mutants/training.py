@@ -285,4 +285,8 @@ MUTANTS = [
     ("training.xray", "if not seen.places[k].text: ends[k] =", "if False: ends[k] =", "an end mark belongs to the last word"),
     ("training.xray", "{0.8 * (1 - p):.2f}", "{0.8 * p:.2f}", "what was certain is shaded"),
     ("training.xray", "key=lambda w: w[4] - w[3])[:n]", "key=lambda w: -w[3])[:n]", "words that had to be dear are called dear"),
+    ("training.config", "derived = made and name in given and \"repeat\" not in given", "derived = False", "what was derived outlives what it was derived from"),
+    ("training.config", "data=[\"stream\"], limit=[\"stream\"], ", "", "how an earlier run read its text outlives that text"),
+    ("training.watch", "(path, path / \"stories\", path / \"chat\")", "(path, path / \"stories\")", "plot forgets the second run"),
+    ("training.config", "if \"preset\" in given: file = changed(file, model=None)", "pass", "a preset loses against the file's model"),
 ]

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TRACKERS', 'ENDS', 'Pace', 'thin', 'smooth', 'best_age', 'best_beta', 'newest', 'draw_live', 'LivePlot', 'flat',
-           'numbers', 'untold', 'Tracker', 'TensorBoard', 'WandB', 'MLflow', 'tracker', 'watchers']
+           'numbers', 'untold', 'Tracker', 'TensorBoard', 'WandB', 'MLflow', 'tracker', 'watchers', 'run_folders']
 
 # %% ../../nbs/3_training/15_watch.ipynb #c6ee3007
 import json, logging, math, os, secrets, sys, time
@@ -394,3 +394,15 @@ def watchers(
 ) -> list:        # of callbacks for `train`
     "What the commands let look on: the doctor, who speaks at the end, and other programs."
     return [doctor_callback, *tracker(track)]
+
+# %% ../../nbs/3_training/15_watch.ipynb #d58e1815
+def run_folders(
+    path,     # run folder, or what quickstart made
+) -> list:    # run folders
+    "The runs in a folder."
+    path = Path(path).expanduser()
+    found = [p for p in (path, path / "stories", path / "chat") if (p / "metrics.jsonl").is_file()]
+    if found: return found
+    beside = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
+    near = "" if path.exists() else did_you_mean(path.name, beside)
+    raise UserError(f"{path} is not a run folder: it has no metrics.jsonl.{near}")
