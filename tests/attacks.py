@@ -34,7 +34,7 @@ ATTACKS = [
     ("shared_maps", "memory", "memory error forbidden", "import mmap\nx = [mmap.mmap(-1, 2 ** 26) for _ in range(100)]"),
     ("recursion", "always", "error", "def answer(): return answer()"),
     ("deep_recursion", "always", "error killed memory timeout", "import sys\nsys.setrecursionlimit(10 ** 9)\ndef answer(): return answer()"),
-    ("nested_repr", "always", "error killed memory", "x = []\nfor _ in range(10 ** 6): x = [x]\ndef answer(): return repr(x)"),
+    ("nested_repr", "always", "error killed memory timeout", "x = []\nfor _ in range(10 ** 6): x = [x]\ndef answer(): return repr(x)"),
     ("nested_literal", "always", "error memory", "eval('(' * 10 ** 6)"),
     ("malloc", "memory", "memory killed error", "import ctypes\nc = ctypes.CDLL(None)\nc.malloc.restype = ctypes.c_void_p\n"
      "p = c.malloc(ctypes.c_size_t(10 ** 10))\nif not p: raise MemoryError\nctypes.memset(p, 1, 10 ** 10)"),

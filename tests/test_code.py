@@ -11,7 +11,7 @@ from tiny_llm.training.code import Program, close_wardens, confinement, run_prog
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="there is no runner on Windows")
 SECRET = random.SystemRandom().randrange(10 ** 17, 10 ** 18)
-SMALL = dict(wall=1.2, cpu=1)
+def small(kinds): return dict(wall=1.2 if kinds == "timeout" else 20, cpu=1)      # a busy machine is no attack
 DOUBLE = "def double(x):\n    return 2 * x\n"
 
 
@@ -70,11 +70,11 @@ def test_there_are_a_hundred_attacks():
 def test_attack(name, wall, kinds, text, outside):
     "By the best means of this machine: contained, reported as its kind; what is outside is as it was, and the next program runs."
     if wall in confinement(BEST)["lacks"]: pytest.skip(f"not contained here: {confinement(BEST)['notice']}")
-    found = run_programs([attack_of(text, outside)], workers=1, means=BEST, **SMALL)[0]
+    found = run_programs([attack_of(text, outside)], workers=1, means=BEST, **small(kinds))[0]
     assert found.kind in kinds.split() and found.passed == 0, found
     assert [p.name for p in outside.parent.iterdir()] == ["outside.txt"] and outside.read_text() == "outside"
     assert "outside" not in found.stdout and not Path("/tmp/tiny_llm_attack").exists()
-    assert len(found.stdout) + len(found.stderr) <= 2 * code.LIMITS["output"] and found.seconds < 10
+    assert len(found.stdout) + len(found.stderr) <= 2 * code.LIMITS["output"] and found.seconds < 30
     assert run_program(DOUBLE, [("double(4)", 8)], means=BEST).ok
 
 
@@ -83,8 +83,11 @@ def test_attacks_by_lesser_means(means, outside):
     "The same for what other machines have: all attacks that it stops, and the notice names the others."
     lacks = confinement(means)["lacks"]
     tried = [(name, kinds, attack_of(text, outside)) for name, wall, kinds, text in ATTACKS if wall not in lacks]
-    outcomes = run_programs([p for *_, p in tried], means=means, **SMALL)
-    escaped = [(name, kinds, found) for (name, kinds, _), found in zip(tried, outcomes) if found.kind not in kinds.split() or found.passed]
+    escaped = []
+    for still in (True, False):
+        some = [(name, kinds, p) for name, kinds, p in tried if (kinds == "timeout") == still]
+        outcomes = run_programs([p for *_, p in some], means=means, **small("timeout" if still else ""))
+        escaped += [(name, found) for (name, kinds, _), found in zip(some, outcomes) if found.kind not in kinds.split() or found.passed]
     assert not escaped, escaped
     assert [p.name for p in outside.parent.iterdir()] == ["outside.txt"] and outside.read_text() == "outside"
     assert all(wall in confinement(means)["notice"] for wall in lacks)

@@ -54,7 +54,7 @@ def _unpack(
     kind = dict(list=list, tuple=tuple, set=set, frozenset=frozenset)[name]
     return kind(_unpack(v, held) for v in rest)
 
-# %% ../../nbs/3_training/11_code.ipynb #eb7e861a
+# %% ../../nbs/3_training/11_code.ipynb #1a9f0df5
 def _say(fd, thing):
     "A line of JSON into a pipe."
     data = json.dumps(thing).encode() + b"\n"
@@ -540,8 +540,8 @@ def _warden():
 
 # %% ../../nbs/3_training/11_code.ipynb #f5c487c0
 INSIDE = (_pack, _unpack, _say, _complaint, _program, _far_kind, _judging, _c, _unshare, _mount, _new_root, _shut_in,
-          _write, _filter, _limit, _threads_of, _drop, _become, _init, _launch, _descendants, _end, _flush, _hang_up, _lines,
-          _hear, _read, _watch, _send, _frame, _keep, _works, _fence, _warden)
+          _write, _filter, _limit, _threads_of, _drop, _become, _init, _launch, _descendants, _end, _flush,
+          _hang_up, _lines, _hear, _read, _watch, _send, _frame, _keep, _works, _fence, _warden)
 
 def warden_source() -> str:
     "The program of the bare Python: the functions above, and nothing else of this package."
@@ -830,7 +830,8 @@ def run_program(
 # %% ../../nbs/3_training/11_code.ipynb #69a80dd6
 PROBES = {       # what is confined: an attack that gives True if it fails
     "files": "open({file!r}).read()", "writing": "open({file!r} + '.2', 'w')",
-    "network": "__import__('socket').socket()", "signals": "os.kill({pid}, 0)", "memory": "bytearray({memory} + 2 ** 26)", "environment": "os.environ['HOME']",
+    "network": "__import__('socket').socket()", "signals": "os.kill({pid}, 0)",
+    "memory": "bytearray({memory} + 2 ** 26)", "environment": "os.environ['HOME']",
     "processes": "[fork() for _ in range(200)]", "disk": "[fill(n) for n in range(200)]"}
 
 def confinement(
