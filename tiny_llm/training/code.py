@@ -77,7 +77,9 @@ def _program(job, requests, answers):
     def do(kind, *rest):
         if kind == "run": return exec(compile(job["code"], "program.py", "exec"), scope)
         if kind == "value": return eval(compile(rest[0], "case", "eval"), scope)
-        if kind == "name": return scope[rest[0]]
+        if kind == "name":
+            if rest[0] in scope: return scope[rest[0]]
+            raise NameError(f"name {rest[0]!r} is not defined")
         if kind == "get": return getattr(held[rest[0]], rest[1])
         if kind == "set": return setattr(held[rest[0]], rest[1], read(rest[2]))
         if kind == "call": return held[rest[0]](*read(rest[1]), **read(rest[2]))
@@ -802,6 +804,7 @@ def run_programs(
     for name, value in limits.items():
         if name not in LIMITS: raise UserError(f"there is no limit {name!r}.{did_you_mean(name, LIMITS)}")
         if not value > 0: raise UserError(f"{name} is {value}; a limit is above 0")
+    if means not in (None, *MEANS): raise UserError(f"there is no means {means!r}; use {', '.join(MEANS)}")
     programs = [p if isinstance(p, Program) else Program(p) if isinstance(p, str) else Program(*p) for p in programs]
     for p in programs:
         for _, wanted in p.cases:
