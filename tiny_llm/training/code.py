@@ -660,7 +660,8 @@ class Outcome:
 KINDS = dict(
     ok="ran to its end, and every case had its value", wrong="a value differs, or an assertion failed",
     error="an exception", exit="ended itself before its end", timeout="took too long",
-    memory="asked for too much memory", output="wrote too much", forbidden="the system refused what it tried", killed="ended by a signal")
+    memory="asked for too much memory", output="wrote too much", forbidden="the system refused what it tried",
+    killed="ended by a signal")
 LIMITS = dict(      # of one program; bytes and seconds
     wall=5.0, cpu=4, memory=2 ** 28, processes=16, file=2 ** 20, folder=2 ** 23, output=2 ** 16, answer=2 ** 16)
 

@@ -105,7 +105,8 @@ def keywords_item(rng):
         (f"for {x} ", "in"), (f"from {name} ", "import"), (f"try:\n    {x} = {name}({xs})\n", "except", "finally"),
         (f"def {name}({xs}):\n    retu", "rn"), (f"def {name}({xs}):\n    whi", "le"), (f"imp", "ort"), (f"cla", "ss"),
         (f"if {x} > {rng.randint(0, 9)}:\n    {x} = {name}\nel", "se", "if"), (f"{x} = [{x} for {x} ", "in"),
-        ("async ", "def"), (f"{x} = {name} if {xs} el", "se"), (f"def {name}({xs}):\n    glob", "al"), (f"{x} = lamb", "da"),
+        ("async ", "def"), (f"{x} = {name} if {xs} el", "se"), (f"def {name}({xs}):\n    glob", "al"),
+        (f"{x} = lamb", "da"),
         (f"for {x} in {xs}:\n    if {x} == {rng.randint(0, 9)}:\n        bre", "ak"),
         (f"while {xs}:\n    contin", "ue")])
     return Item("keywords", prompt, words[0] + " ", tuple(words))
@@ -329,7 +330,7 @@ def judge_problems(
     "What becomes of texts as programs."
     if len(problems) != len(texts): raise UserError(f"{len(texts)} texts for {len(problems)} problems; each needs one")
     programs = [Program(p.head + cut(text, p.stops), judge=p.judge, names=p.names) for p, text in zip(problems, texts)]
-    return run_programs(programs, **dict(wall=20, cpu=15) | options)
+    return run_programs(programs, **dict(wall=60, cpu=15) | options)
 
 # %% ../../nbs/3_training/18_code_suite.ipynb #38325957
 def code_benchmark(
@@ -366,7 +367,8 @@ def parse_suite(
     name, _, source = text.partition(":")
     if name not in SOURCES:
         raise UserError(f"there is no suite {name!r}; use {', '.join(SOURCES)}.{did_you_mean(name, SOURCES)}")
-    if name == "code" and source: raise UserError("the suite code makes its items itself; leave out what follows the colon")
+    if name == "code" and source:
+        raise UserError("the suite code makes its items itself; leave out what follows the colon")
     return name, source or SOURCES[name]
 
 def _problem_rows(name, found, same):
