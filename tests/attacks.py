@@ -2,8 +2,7 @@
 
 The wall is what stops it, a name of `tiny_llm.training.code.PROBES` or "always". The kinds are those by which it may be reported. Each defines `answer`,
 if it comes to that, and is right if `answer()` is {secret}, which it is not told. `{{file}}`, `{{folder}}` and `{{pid}}` are a file, a folder and a process
-outside that it must not reach. What a program could do to itself only is caught in the last line: `answer` then says what it achieved."""
-ANY = "wrong error exit timeout memory output forbidden killed"
+outside that it must not reach. Who reached something prints `outside`, which is also what stands in the file."""
 
 ATTACKS = [
     # time
@@ -129,9 +128,9 @@ ATTACKS = [
     ("deep_folders", "disk", "forbidden error", "import os\nfor i in range(10 ** 5):\n    os.mkdir('d')\n    os.chdir('d')"),
     # the environment, and what was open
     ("environment", "environment", "error", "import os\nprint(os.environ['PATH'], os.environ['HOME'])"),
-    ("environment_by_c", "environment", "wrong", "import ctypes\nc = ctypes.CDLL(None)\nc.getenv.restype = ctypes.c_char_p\ndef answer(): return c.getenv(b'PATH')"),
+    ("environment_by_c", "environment", "wrong", "import ctypes\nc = ctypes.CDLL(None)\nc.getenv.restype = ctypes.c_char_p\ndef answer(): print(c.getenv(b'PATH') and 'outside', flush=True)"),
     ("open_descriptors", "always", "wrong", "import os\ndef is_open(n):\n    try: os.fstat(n)\n    except OSError: return False\n    return True\n"
-     "def answer(): return [n for n in range(5, 1000) if is_open(n)]"),
+     "def answer(): print('outside' if any(map(is_open, range(5, 1000))) else '', flush=True)"),
     ("closes_everything", "always", "exit error wrong", "import os\nos.closerange(0, 1000)\ndef answer(): return 1"),
     ("closes_its_answers", "always", "exit error", "import os\nos.close(4)\ndef answer(): return 1"),
     ("standard_input", "always", "error", "def answer(): return input()"),

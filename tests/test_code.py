@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from attacks import ANY, ATTACKS
+from attacks import ATTACKS
 from tiny_llm.basics import UserError
 from tiny_llm.training import code
 from tiny_llm.training.code import Program, close_wardens, confinement, run_program, run_programs
@@ -87,7 +87,8 @@ def test_attacks_by_lesser_means(means, outside):
     for still in (True, False):
         some = [(name, kinds, p) for name, kinds, p in tried if (kinds == "timeout") == still]
         outcomes = run_programs([p for *_, p in some], means=means, **small("timeout" if still else ""))
-        escaped += [(name, found) for (name, kinds, _), found in zip(some, outcomes) if found.kind not in kinds.split() or found.passed]
+        escaped += [(name, found) for (name, kinds, _), found in zip(some, outcomes)
+                    if found.kind not in kinds.split() or found.passed or "outside" in found.stdout]
     assert not escaped, escaped
     assert [p.name for p in outside.parent.iterdir()] == ["outside.txt"] and outside.read_text() == "outside"
     assert all(wall in confinement(means)["notice"] for wall in lacks)

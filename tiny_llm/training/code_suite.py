@@ -269,7 +269,7 @@ def pass_at_k(
 
 # %% ../../nbs/3_training/18_code_suite.ipynb #75908aed
 HUMANEVAL_STOPS = ("\nclass ", "\ndef ", "\n#", "\n@", "\nif ", "\nprint(", "\nassert ", "\nimport ", "\nfrom ")
-MBPP_STOPS = ("\nassert ", "\nprint(", '\n"""', "\n'''", "\n#", "\nif __name__", "[DONE]", "\n```")
+MBPP_STOPS = ("\nassert ", "\nprint(", '\n"""', "\n'''", "\nif __name__", "[DONE]", "\n```")
 
 @dataclass
 class Problem:
