@@ -477,6 +477,28 @@ def pipeline(
     print(f"{stage_table(stage_rows(runs))}\n\n{table([('next', f'tiny_llm chat --model {out}')])}")
     return runs
 
+# %% ../../nbs/5_deployment/05_cli.ipynb #780c43e9
+def _suite(suite, model, baseline, device, limit, seed, out):
+    "Measure a model, and its baseline, by a suite of code."
+    from tiny_llm.assistant.generate import generate_batch
+    from tiny_llm.training.code_suite import measure_suite, parse_suite
+    from tiny_llm.training.run import png_of
+    parse_suite(suite)
+    file = out and Path(out).expanduser().absolute()
+    if file: check_out(file)
+    def writer(path):
+        net, tok = open_model(path, device)
+        most = min(200, net.cfg.ctx // 2)      # new tokens; of a prompt that leaves no room for them the end is read
+        def write(prompts):
+            pairs = zip(prompts, tok.encode_batch(prompts))
+            cut = [ids[most - net.cfg.ctx:] if len(ids) > net.cfg.ctx - most else p for p, ids in pairs]
+            return [tok.decode(ids) for ids in generate_batch(net, tok, cut, most, 0, seed=seed)]
+        return write
+    found, rows, fig = measure_suite(suite, writer(model), writer(baseline) if baseline else None, limit, seed)
+    if file: write_file(file, json.dumps(dict(suite=suite, model_of=model, baseline_of=baseline) | found) + "\n")
+    if file and fig: write_file(file.with_suffix(".png"), png_of(fig))
+    print(table(rows))
+
 # %% ../../nbs/5_deployment/05_cli.ipynb #86817247
 @command
 def eval_(
@@ -495,6 +517,7 @@ def eval_(
     tasks: str = None,         # blimp,lambada; where the items are may follow: blimp:FOLDER
     baseline: str = None,      # model to compare with, on the same documents and items
     out: str = None,           # JSON file to write: all figures, and those of each unit and item
+    suite: str = None,         # code, humaneval or mbpp alone; where the problems are may follow: mbpp:FILE
 ):
     "Measure a model: loss, bits per byte, gap, stories and replies, benchmarks; compare it with another."
     from tiny_llm.assistant.generate import check_sampling
@@ -502,6 +525,7 @@ def eval_(
     from tiny_llm.training.benchmarks import benchmark, benchmark_rows, parse_tasks
     check_sampling(temperature)
     if n < 0: raise UserError(f"n is {n}; give 1 or more, or 0 to judge nothing")
+    if suite: return _suite(suite, model, baseline, device, limit, seed, out)
     if data == "none" and not parse_tasks(tasks): raise UserError("there is nothing to measure; give data or tasks")
     file = out and Path(out).expanduser().absolute()
     if file: check_out(file)
