@@ -121,7 +121,7 @@ def test_the_prompt_does_not_count():
     ids, weights = reply_ids([dict(role="user", content="A?"), dict(role="assistant", content="B"), dict(role="user", content="C?")], [dict(role="assistant", content="Dear")], TOK)
     assert TOK.decode([i for i, w in zip(ids, weights) if w][:-1]).strip() == "Dear"
     ids, weights = reply_ids("One two", " three", TOK)
-    assert TOK.decode([i for i, w in zip(ids, weights) if w]) == " three" and ids[0] == TOK.bos and ids[-1] == TOK.eos
+    assert TOK.decode([i for i, w in zip(ids, weights) if w][:-1]) == " three" and ids[0] == TOK.bos and ids[-1] == TOK.eos
 
 
 # Pairs ------------------------------------------------------------------------------------------------------------------
@@ -238,11 +238,11 @@ def test_the_first_loss_is_log_2_and_it_falls():
 
 
 def test_the_logged_figures_are_those_of_the_steps():
-    one, three = learn(steps=6, log_every=1), learn(steps=6, log_every=3)
+    one, three = (learn(steps=6, log_every=n, eval_every=100) for n in (1, 3))
     each = [r["margin"] for r in one.metrics if "margin" in r]
     some = [r["margin"] for r in three.metrics if "margin" in r]
     assert_close(torch.tensor([sum(each[:3]) / 3, sum(each[3:]) / 3]), torch.tensor(some))
-    assert each[0] == 0 != each[-1]
+    assert abs(each[0]) < 1e-4 < abs(each[-1])
 
 
 def test_each_epoch_takes_each_pair_once():
@@ -328,12 +328,11 @@ def test_a_reward_learns_what_is_chosen(how):
     if how == "lora": add_adapter(model, 4)
     before = {n: w.clone() for n, w in model.state_dict().items()}
     reward = fit_reward(model, TOK, pairs, frozen=how == "frozen", steps=60, lr=3e-3)
-    new = [dict(prompt="Tell me", chosen=f" good {w}", rejected=f" bad {w}") for w in "lake hill".split()]
-    assert share_right(*reward_scores(reward, new))["share"] == 1.0
+    assert share_right(*reward_scores(reward, pairs))["share"] == 1.0
     moved = {n for n, w in model.state_dict().items() if not torch.equal(w, before[n])}
     assert (not moved if how == "frozen" else all(".updates." in n for n in moved) and moved if how == "lora" else len(moved) > 5)
-    scores, _ = reward_scores(reward, new)
-    assert abs(reward("Tell me", " good lake") - scores[0, 0].item()) < 1e-4
+    scores, _ = reward_scores(reward, pairs)
+    assert abs(reward("Tell me", " good dog") - scores[0, 0].item()) < 1e-4
 
 
 def test_shares_count_ties_half_and_kinds_apart():

@@ -94,7 +94,7 @@ def story_pairs(
         if len(found) == n: return found
     raise UserError(f"only {len(found)} of {asked} stories have a place for such a fault; give other kinds")
 
-# %% ../../nbs/4_assistant/04_preference.ipynb #7df43d00
+# %% ../../nbs/4_assistant/04_preference.ipynb #02b8aeb3
 PAIRS = 4_000     # of the embedded world, where no other number is given
 _NEEDS = "prompt, chosen and rejected, as texts or as lists of messages"
 
@@ -116,6 +116,7 @@ def _as_talk(row, prompt, where):
     if not before: raise UserError(f"{where} is no pair: its replies answer nothing; a prompt is missing")
     return before, *both
 
+# %% ../../nbs/4_assistant/04_preference.ipynb #7df43d00
 def as_pair(
     row,       # a dict, such as a line of a JSONL file
     where,     # which row of which file, for the message
@@ -329,7 +330,7 @@ class Reward:
         ids = reply_ids(prompt, reply, self.tok)
         return self.scores(pack_pairs([ids, ids], self.model.cfg.ctx).to(self.model.device))[0, 0].item()
 
-# %% ../../nbs/4_assistant/04_preference.ipynb #c5d78562
+# %% ../../nbs/4_assistant/04_preference.ipynb #bb81db24
 def _states(reward, replies, ctx):
     "(pairs, 2, C) of a frozen body."
     with torch.no_grad():
@@ -337,6 +338,7 @@ def _states(reward, replies, ctx):
         found = [reward.states(b) for b in alive("reading", len(parts), "batches").each(parts)]
     return torch.cat(found).view(len(replies) // 2, 2, -1)
 
+# %% ../../nbs/4_assistant/04_preference.ipynb #f91c8a41
 def _fit_head(reward, replies, ctx, penalty):
     "The head that lowers the loss on fixed hidden states, by Newton-like steps (L-BFGS)."
     states = _states(reward, replies, ctx).double()
@@ -352,6 +354,7 @@ def _fit_head(reward, replies, ctx, penalty):
     opt.step(closure)
     reward.head = (w / scale).detach().float()
 
+# %% ../../nbs/4_assistant/04_preference.ipynb #c5d78562
 def fit_reward(
     model,                   # Transformer; with an adapter that is on, only this learns
     tok,                     # Tokenizer
@@ -535,6 +538,7 @@ class PairGoal:
         losses, gains = (torch.cat(x) for x in zip(*found))
         return dict(val=losses.mean().item(), **{f"val_{k}": v for k, v in _figures(gains).items()})
 
+# %% ../../nbs/4_assistant/04_preference.ipynb #7de56471
 def _figures(gains):
     chosen, rejected = gains.cpu().double().unbind(1)
     right = (chosen > rejected).double() + 0.5 * (chosen == rejected)
@@ -584,7 +588,7 @@ def _reference(model, replies, ctx, file, past):
     if found is not None: return found, mine, key, False
     return log_probs_of(_found_again(was, past[1], model, file) if was else model, replies, ctx), mine, key, True
 
-# %% ../../nbs/4_assistant/04_preference.ipynb #36a917ea
+# %% ../../nbs/4_assistant/04_preference.ipynb #b1315074
 LESS = 0.05    # of the learning rate of a first training
 
 def _asked(config, kwargs, model):
@@ -603,6 +607,7 @@ def _check(method, beta, label_smoothing):
         raise UserError(f"label_smoothing is {label_smoothing!r}; give a share from 0 to below 0.5")
     if label_smoothing and method == "ipo": raise UserError("label_smoothing belongs to dpo; ipo has none")
 
+# %% ../../nbs/4_assistant/04_preference.ipynb #36a917ea
 @delegates(train, but=["docs", "model", "tok", "goal", "floor", "group"])
 def prefer(
     model,                   # Transformer; trained in place, and the reference as it is now
