@@ -123,4 +123,18 @@ MUTANTS = [
     ("assistant.pipeline", "less = BUDGETS if given.keys() & set(BUDGETS) else ()", "less = ()", "a stage has the budget of the file besides its own"),
     ("assistant.pipeline", "device, stages = Path(out).expanduser(), pick_device(device), read_stages(plan, change)", "device, stages = Path(out).expanduser(), pick_device(device), read_stages(plan)", "the changes are ignored"),
     ("assistant.pipeline", "        before += run.summary[\"tokens\"]", "        before = run.summary[\"tokens\"]", "the third stage is drawn over the second"),
+    # 4.04 preference
+    ("assistant.preference", "return -(1 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)", "return -F.logsigmoid(margin)", "label smoothing is asked for in vain"),
+    ("assistant.preference", "gain = policy - reference\n", "gain = policy\n", "the reference does not count"),
+    ("assistant.preference", "return ((gain / lengths)[:, 0] - (gain / lengths)[:, 1] - 1 / (2 * beta)) ** 2", "return (gain[:, 0] - gain[:, 1] - 1 / (2 * beta)) ** 2", "ipo sums where it should average"),
+    ("assistant.preference", "return ids, [0.0] * n + weights[n:]", "return ids, weights", "replies within the prompt are judged"),
+    ("assistant.preference", "logits = model.head(model.hidden_states(b.x, b.doc, b.pos)[counted])", "logits = model.head(model.hidden_states(b.x)[counted])", "the replies of a row see each other"),
+    ("assistant.preference", "if head.get(\"key\") != key:", "if False:", "log-probabilities of another model are taken"),
+    ("assistant.preference", "if hashlib.sha256(found.numpy().tobytes()).hexdigest() == head.get(\"sha256\"): return found", "return found", "damaged log-probabilities are taken"),
+    ("assistant.preference", "if pair[\"chosen\"] == pair[\"rejected\"]: return \"two equal replies\"", "pass", "equal replies are learnt from"),
+    ("assistant.preference", "if parse(new).kind == kind: return new", "return new", "a fault is of any kind"),
+    ("assistant.preference", "mine = was or fingerprint(model)", "mine = fingerprint(model)", "a run that goes on has another reference"),
+    ("assistant.preference", "return np.random.default_rng((self.seed, epoch)).permutation(self.n)", "return np.random.default_rng(self.seed).permutation(self.n)", "every epoch has the same order"),
+    ("training.train", "self.goal.metrics() if self.goal is not None else {}", "{}", "the figures of a goal are not logged"),
+    ("training.train", "if aim != was: raise UserError", "if False: raise UserError", "a run goes on with another goal"),
 ]
