@@ -21,7 +21,7 @@ from ..assistant.chat import fit_prompt
 from ..assistant.engine import Busy, Engine, Order, Seat
 from ..assistant.generate import DEFAULTS, stream
 from ..basics import UserError, did_you_mean
-from ..text.tokenizer import Tokenizer, unspell
+from ..text.tokenizer import Tokenizer, check_text, unspell
 from ..training.folder import load, model_folder
 
 # %% ../../nbs/5_deployment/03_serve.ipynb #ae9f90f6
@@ -95,8 +95,10 @@ def _content(i, x):
     "The text of a message."
     if isinstance(x, list) and all(isinstance(p, dict) and p.get("type") == "text" for p in x):
         x = [p.get("text") for p in x]
-        if all(isinstance(t, str) for t in x): return "\n".join(x)
-    if isinstance(x, str): return x
+        x = "\n".join(x) if all(isinstance(t, str) for t in x) else None
+    if isinstance(x, str):
+        check_text(x)       # half of a surrogate pair is no text
+        return x
     raise Refusal(400, f"The content of message {i} is {x!r:.60}; give a text.", f"messages.{i}.content")
 
 def messages_of(
