@@ -334,6 +334,8 @@ def together(
 ) -> list:          # texts
     "Texts that are all asked for at once."
     engine, told = Engine(model, tok, **{"queue": len(orders), **how}), [[] for _ in orders]
-    for order, heard in zip(orders, told): engine.submit(Order(stream(Seat(model), tok, **order), heard.append))
-    while engine.step(): pass
+    for order, heard in zip(orders, told):
+        engine.submit(Order(stream(Seat(model), tok, **order), heard.append))
+    while engine.step():
+        pass
     return ["".join(event.text for event in heard) for heard in told]

@@ -111,8 +111,8 @@ def messages_of(
         roles = "system developer user assistant".split()
         if not isinstance(m, dict) or m.get("role") not in roles:
             raise Refusal(400, f"Message {i} is {m!r:.60}; give it a role: {', '.join(roles)}.", f"messages.{i}.role")
-    role = dict(developer="system")
-    return [dict(role=role.get(m["role"], m["role"]), content=_content(i, m.get("content"))) for i, m in enumerate(found)]
+    def role(m): return "system" if m["role"] == "developer" else m["role"]
+    return [dict(role=role(m), content=_content(i, m.get("content"))) for i, m in enumerate(found)]
 
 # %% ../../nbs/5_deployment/03_serve.ipynb #6410a39d
 def prompts_of(
@@ -159,7 +159,7 @@ def _settings(body):
         whole = name in ("max_tokens", "top_k")
         fine = type(x) is int if whole else type(x) in (int, float)
         if not fine or not whole and not -100 <= x <= 100:
-            raise Refusal(400, f"{name} is {x!r:.60}; give a {'whole number' if whole else 'number, at most 100'}.", name)
+            raise Refusal(400, f"{name} is {x!r:.60}; give a {'whole' if whole else 'smaller'} number.", name)
     return found
 
 def _stop_of(body):
@@ -183,12 +183,12 @@ def _top_of(body, chat, V):
 def _chat_prompt(body, model, tok):
     "(ids, messages left out) of a chat."
     messages, way = messages_of(body), _field(body, "truncation", str, "disabled")
-    if way not in ("auto", "disabled"): raise Refusal(400, f"truncation is {way!r:.60}; give auto or disabled.", "truncation")
-    if way == "disabled": return tok.prompt(messages), 0
+    if way not in ("auto", "disabled"):
+        raise Refusal(400, f"truncation is {way!r:.60}; give auto or disabled.", "truncation")
     room = _settings(body).get("max_tokens", DEFAULTS["max_tokens"])
-    system, turns = [m for m in messages[:1] if m["role"] == "system"], messages
-    if system: turns = messages[1:]
-    if not turns: return tok.prompt(messages), 0
+    system = [m for m in messages[:1] if m["role"] == "system"]
+    turns = messages[len(system):]
+    if way == "disabled" or not turns: return tok.prompt(messages), 0
     return fit_prompt(tok, system, turns, model.cfg.ctx, max(0, min(room, model.cfg.ctx // 2)))
 
 # %% ../../nbs/5_deployment/03_serve.ipynb #d2df530e
@@ -226,7 +226,7 @@ def make_job(
     check_fields(body, chat)
     name = _field(body, "model", str, next(iter(engines)))
     if name not in engines:
-        raise Refusal(404, f"There is no model {name!r:.60}; there are {', '.join(engines)}.", "model", "model_not_found")
+        raise Refusal(404, f"There is no model {name!r:.60}, only {', '.join(engines)}.", "model", "model_not_found")
     engine, options = engines[name], _field(body, "stream_options", dict, {})
     model, tok, n = engine.model, engine.tok, _count(body, "n", 1, 1, 16)
     streams, echo = _field(body, "stream", bool, False), _field(body, "echo", bool, False)
@@ -236,7 +236,8 @@ def make_job(
         prompts, left = prompts_of(body) if not chat else None, 0
         if chat: ids, left = _chat_prompt(body, model, tok)
         ids = [_ids_of(p, chat, model, tok) for p in ([ids] if chat else prompts)]
-        if len(ids) * n > engine.queue: raise Refusal(400, f"These are {len(ids) * n} texts; ask for {engine.queue} at most.")
+        many = len(ids) * n
+        if many > engine.queue: raise Refusal(400, f"These are {many} texts; ask for {engine.queue} at most.")
         job = Job(name, engine, chat, ids, [], n, streams, _field(options, "include_usage", bool, False),
                   _top_of(body, chat, model.cfg.vocab_size), echo, silent, left)
         _orders(job, body, seconds, tell)
@@ -330,7 +331,8 @@ def whole_answer(
     choices = []
     for k, told in enumerate(events):
         text = "" if job.silent else "".join(e.text for e in told)
-        said = dict(message=dict(role="assistant", content=text, refusal=None)) if job.chat else dict(text=_echoed(job, k) + text)
+        said = dict(text=_echoed(job, k) + text)
+        if job.chat: said = dict(message=dict(role="assistant", content=text, refusal=None))
         choices.append(dict(index=k, **said, logprobs=_logprobs(job, k, told), finish_reason=_REASONS[told[-1].reason]))
     more = dict(forgotten=job.forgotten) if job.forgotten else {}
     return {**_frame(job, "", choices), "usage": usage_of(job), **more}
@@ -418,14 +420,16 @@ class Api:
             await asyncio.wait_for(read(), self.patience)
         except OverflowError: raise Refusal(413, f"The body is larger than {self.limit:,} bytes.") from None
         except (asyncio.TimeoutError, TimeoutError):
-            raise Refusal(408, f"The body did not arrive within {self.patience:g} s.", headers={"connection": "close"}) from None
+            said = f"The body did not arrive within {self.patience:g} s."
+            raise Refusal(408, said, headers={"connection": "close"}) from None
         return bytes(data)
 
 # %% ../../nbs/5_deployment/03_serve.ipynb #e275efe0
 @patch
 async def _take(self: Api, request, chat):
     "(Job, its queue of events), submitted."
-    if all(len(e.waiting) >= e.queue for e in self.engines.values()): self._full(min(e.later() for e in self.engines.values()))
+    every = self.engines.values()
+    if all(len(e.waiting) >= e.queue for e in every): self._full(min(e.later() for e in every))
     data, loop, events = await self._body(request), asyncio.get_running_loop(), asyncio.Queue()
     def tell(k, event): loop.call_soon_threadsafe(events.put_nowait, (k, event))
     job = await asyncio.to_thread(lambda: make_job(parse_body(data), chat, self.engines, tell, self.seconds))
@@ -438,7 +442,8 @@ async def _take(self: Api, request, chat):
 @patch
 def _full(self: Api, seconds):
     wait = str(min(60, max(1, math.ceil(seconds))))
-    raise Refusal(429, f"Too many requests are waiting; come again in {wait} s.", None, "rate_limit_exceeded", {"retry-after": wait})
+    said = f"Too many requests are waiting; come again in {wait} s."
+    raise Refusal(429, said, None, "rate_limit_exceeded", {"retry-after": wait})
 
 # %% ../../nbs/5_deployment/03_serve.ipynb #351d0994
 @patch
@@ -460,7 +465,8 @@ async def _events(self: Api, job, events):
 # %% ../../nbs/5_deployment/03_serve.ipynb #2b4b6fdf
 async def _until_gone(receive, job):
     "Interrupt the job when the client has gone."
-    while (await receive())["type"] != "http.disconnect": pass
+    while (await receive())["type"] != "http.disconnect":
+        pass
     job.interrupt()
 
 @patch
@@ -551,9 +557,10 @@ def models(self: Api) -> dict:
 @patch
 def health(self: Api) -> dict:
     "Whether engines run, and how many texts they have."
-    alive = all(e.thread and e.thread.is_alive() for e in self.engines.values())
-    count = dict(running=sum(len(e.seated) for e in self.engines.values()), waiting=sum(len(e.waiting) for e in self.engines.values()))
-    return dict(status="ok" if alive else "stopped", **count)
+    every = self.engines.values()
+    alive = all(e.thread and e.thread.is_alive() for e in every)
+    running, waiting = sum(len(e.seated) for e in every), sum(len(e.waiting) for e in every)
+    return dict(status="ok" if alive else "stopped", running=running, waiting=waiting)
 
 @patch
 def metrics(self: Api) -> str:
@@ -609,9 +616,10 @@ def _refused(request, e):
     return Response(_dumps(e.body()), e.status, e.headers, "application/json")
 
 # %% ../../nbs/5_deployment/03_serve.ipynb #15cb785a
-_FILES = {"/": ("index.html", "text/html"), "/chat.js": ("chat.js", "text/javascript"), "/chat.css": ("chat.css", "text/css")}
-_POLICY = {"content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
-                                      "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+_FILES = {"/": ("index.html", "text/html"), "/chat.js": ("chat.js", "text/javascript"),
+          "/chat.css": ("chat.css", "text/css")}
+_POLICY = {"content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+                                      "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
            "x-content-type-options": "nosniff", "referrer-policy": "no-referrer", "cache-control": "no-cache"}
 
 def _page(path):
@@ -728,8 +736,9 @@ def _run(app, sock, patience, drain, ready):
         async def startup(self, sockets=None):
             await super().startup(sockets=sockets)
             if self.started: ready()
-    config = uvicorn.Config(app, http=_protocol(patience), ws="none", lifespan="off", log_level="critical", access_log=False,
-                            server_header=False, timeout_graceful_shutdown=drain, h11_max_incomplete_event_size=65536)
+    config = uvicorn.Config(app, http=_protocol(patience), ws="none", lifespan="off", log_level="critical",
+                            access_log=False, server_header=False, timeout_graceful_shutdown=drain,
+                            h11_max_incomplete_event_size=65536)
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, lambda *_: None)      # uvicorn raises it once more when it has drained
     Server(config).run(sockets=[sock])
@@ -754,14 +763,17 @@ def serve(
     sock, local, engines, log = sock or _listen(host, port), host in _LOCAL, {}, log or partial(print, flush=True)
     try:
         if not models: raise UserError("there is no model to serve; give one")
-        for name, (model, tok) in models.items(): engines[name] = Engine(model, tok, slots, rows, queue).start()
+        for name, (model, tok) in models.items():
+            engines[name] = Engine(model, tok, slots, rows, queue).start()
         app = make_app(engines, api_key, local, cors, seconds=seconds, body=body, log=log, prompts=log_prompts)
         shown, at = f"[{host}]" if ":" in host else host, sock.getsockname()[1]
-        if not local: log(f"{host} can be reached from other machines" + ("" if api_key else ", and no API key is needed"))
+        open_ = "" if api_key else ", and no API key is needed"
+        if not local: log(f"{host} can be reached from other machines{open_}")
         _run(app, sock, 30, drain, lambda: log(f"{', '.join(models)} at http://{shown}:{at} (Ctrl-C ends)"))
     finally:
         sock.close()
-        for engine in engines.values(): engine.close()
+        for engine in engines.values():
+            engine.close()
 
 # %% ../../nbs/5_deployment/03_serve.ipynb #55e7beda
 def serve_folders(
