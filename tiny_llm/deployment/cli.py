@@ -460,8 +460,7 @@ def chat(
 # %% ../../nbs/5_deployment/05_cli.ipynb #b8d8d4a0
 @command
 def serve(
-    model: Param("model folder or run folder, NAME=FOLDER gives it a name; several: the option again", str,
-                 action="append") = None,   # list of them; left out: runs/quickstart
+    model: Param("folder, or NAME=FOLDER; again for another", str, action="append") = None,  # left out: runs/quickstart
     host: str = "127.0.0.1",   # where to listen; 0.0.0.0: reached from other machines
     port: int = 8000,          # 0: any that is free
     api_key: str = None,       # that requests must bear; left out: TINY_LLM_API_KEY, else none
