@@ -728,7 +728,7 @@ def named_models(
         found[name] = folder
     return found
 
-# %% ../../nbs/5_deployment/03_serve.ipynb #627c45dc
+# %% ../../nbs/5_deployment/03_serve.ipynb #298a1074
 def _run(app, sock, patience, drain, ready):
     "Serve until a signal comes."
     _, uvicorn = _web()
@@ -743,6 +743,7 @@ def _run(app, sock, patience, drain, ready):
         signal.signal(signal.SIGTERM, lambda *_: None)      # uvicorn raises it once more when it has drained
     Server(config).run(sockets=[sock])
 
+# %% ../../nbs/5_deployment/03_serve.ipynb #627c45dc
 def serve(
     models: dict,              # name -> (Transformer, Tokenizer)
     host: str = "127.0.0.1",   # where to listen
