@@ -9,6 +9,7 @@ import pytest
 from house import ROOT, copy_tree, run
 from run_notebook import settings
 
+pages = {f"deployment/page/{name}" for name in ("index.html", "chat.css", "chat.js")}     # what `serve` shows
 modules = {p.relative_to(ROOT/"tiny_llm").as_posix() for p in (ROOT/"tiny_llm").rglob("*.py")}
 
 
@@ -41,11 +42,11 @@ def in_empty(python, *args, **extra):
 def test_distributions_hold_what_they_should(built):
     sdist, wheel = built
     with tarfile.open(sdist) as t: inside = {Path(*Path(n).parts[1:]).as_posix() for n in t.getnames()}
-    assert {"settings.ini", "setup.py", "README.md", "LICENSE"} <= inside
+    assert {"settings.ini", "setup.py", "README.md", "LICENSE", *(f"tiny_llm/{p}" for p in pages)} <= inside
     with zipfile.ZipFile(wheel) as z:
         names = z.namelist()
         meta = Parser().parsestr(z.read(next(n for n in names if n.endswith("METADATA"))).decode())
-    assert {n.removeprefix("tiny_llm/") for n in names if n.startswith("tiny_llm/")} == modules, "every module and nothing else"
+    assert {n.removeprefix("tiny_llm/") for n in names if n.startswith("tiny_llm/")} == modules | pages, "every module, the chat page, and nothing else"
     assert {n.split("/")[0] for n in names} == {"tiny_llm", next(n.split("/")[0] for n in names if "dist-info" in n)}
     assert any(n.endswith("LICENSE") for n in names)
     c = settings()

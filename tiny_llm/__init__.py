@@ -53,6 +53,8 @@ _home = {name: module for module, names in {
     "assistant.pipeline":       "pipeline",
     "assistant.decoding":       "beam_search speculate",
     "assistant.cell":           "chat",
+    "assistant.engine":         "Engine",
+    "deployment.serve":         "make_app serve",
 }.items() for name in names.split()}
 __all__ = sorted(_home)
 

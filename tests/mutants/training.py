@@ -91,7 +91,7 @@ MUTANTS = [
     ("training.run", "if event == \"evaluate\": t.checkpoint(t.best_step == t.step)", "if event == \"evaluate\": t.checkpoint(True)", "best/ is always renewed"),
     ("training.run", "work = total_operations(config.steps, batch * config.accumulate, ctx, model.cfg)", "work = total_operations(config.steps, batch, ctx, model.cfg)", "only the first part of a batch is counted"),
     ("training.run", "if on: block.forward", "if False: block.forward", "nothing is recomputed"),
-    ("training.run", "return min(times[1:]) * t.config.accumulate", "return min(times[1:])", "a part of a step counts as a step"),
+    ("training.run", "return min(times[-2:]) * t.config.accumulate", "return min(times[-2:])", "a part of a step counts as a step"),
     ("training.folder", "if before and folder.exists(): _keep(folder, before)", "pass", "the checkpoint before is not kept"),
     ("training.folder", "if not wrong or _damage(before): return", "if not wrong: return", "a damaged checkpoint gives way to another damaged one"),
     ("training.config", "SHARES = (\"warmup\", \"smoothing\", \"ema\", \"lora_dropout\")", "SHARES = (\"warmup\",)", "an average may keep all"),

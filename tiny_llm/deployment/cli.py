@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TEXTS', 'commands', 'SHARED', 'make_parser', 'as_typed', 'parse_options', 'command', 'tell', 'overview', 'dispatch',
            'main', 'try_line', 'colourful', 'line_reader', 'quickstart', 'check_out', 'data', 'read_text', 'train',
-           'plan', 'tune', 'sampling_options', 'generate', 'chat', 'finetune', 'pipeline', 'eval_', 'plot',
+           'plan', 'tune', 'sampling_options', 'generate', 'chat', 'serve', 'finetune', 'pipeline', 'eval_', 'plot',
            'machine_rows', 'info']
 
 # %% ../../nbs/5_deployment/05_cli.ipynb #4a764f48
@@ -17,6 +17,7 @@ from itertools import chain
 from pathlib import Path
 
 from fastcore.meta import delegates
+from fastcore.script import Param
 
 from ..basics import UserError, alive, did_you_mean, note, owned, pick_device, single_process, write_file
 from ..training.config import (FREE, LORA, TrainConfig, changed, check_number, config_of, requested, resumed,
@@ -401,6 +402,30 @@ def chat(
     sampling(**kwargs)          # complains before the model is opened
     session = ChatSession(*open_model(model, device), system=system, **kwargs)
     talk(session, read=line_reader(), colour=colourful(), width=columns if sys.stdout.isatty() else None)
+
+# %% ../../nbs/5_deployment/05_cli.ipynb #9122af1b
+@command
+def serve(
+    model: Param("folder, or NAME=FOLDER; again for another", str, action="append") = None,  # left out: runs/quickstart
+    host: str = "127.0.0.1",   # where to listen; 0.0.0.0: reached from other machines
+    port: int = 8000,          # 0: any that is free
+    api_key: str = None,       # that requests must bear; left out: TINY_LLM_API_KEY, else none
+    cors: str = None,          # origins of other pages that may ask, with commas between
+    slots: int = 16,           # texts of a model that are written at once
+    rows: int = 8,             # of a group; a reply is the same bits for the same number
+    queue: int = 128,          # texts that may wait
+    seconds: float = 300,      # that a text may take
+    body: int = 1_000_000,     # bytes of a request at most
+    drain: int = 30,           # seconds to end what is being written when SIGTERM comes
+    log_prompts: bool = False, # the log holds what was asked
+    device: str = "auto",      # auto, cpu, cuda, mps
+):
+    "Serve models to other programs by OpenAI's protocol, and a page to chat on."
+    pick_device(device)
+    from tiny_llm.deployment.serve import serve_folders
+    serve_folders(model or [QUICK], device, host, port, api_key=api_key or os.environ.get("TINY_LLM_API_KEY"),
+                  cors=cors.split(",") if cors else (), slots=slots, rows=rows, queue=queue, seconds=seconds, body=body,
+                  drain=drain, log_prompts=log_prompts)
 
 # %% ../../nbs/5_deployment/05_cli.ipynb #5735830f
 @command
