@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['WEIGHTS', 'SUMS', 'ABOUT', 'INNER', 'mend', 'swap_in', 'save', 'model_folder', 'keep_base', 'open_gguf',
-           'open_llama2c', 'load', 'write_sealed', 'read_sealed', 'write_checkpoint', 'sweep', 'read_checkpoint',
-           'fall_back']
+           'open_llama2c', 'load', 'write_sealed', 'read_sealed', 'write_checkpoint', 'run_card', 'sweep',
+           'read_checkpoint', 'fall_back']
 
 # %% ../../nbs/3_training/02_folder.ipynb #f11fce4a
 import base64, contextlib, ctypes, json, os, re, shutil, time, warnings
@@ -482,6 +482,25 @@ def write_checkpoint(
         if before and folder.exists(): _keep(folder, before)
         swap_in(new, folder)
     finally: shutil.rmtree(new, ignore_errors=True)
+
+# %% ../../nbs/3_training/02_folder.ipynb #876ca442
+def run_card(
+    t,        # Training (3.05 train)
+) -> str:     # Markdown
+    "The model card: the figures of the run so far."
+    scores, cfg = t.scores or {}, t.model.cfg
+    def shown(name): return None if scores.get(name) is None else f"{scores[name]:.4f}"
+    rows = {"parameters": f"{n_params(t.model):,}",
+            "layers, width, context": f"{cfg.n_layers}, {cfg.d_model}, {cfg.ctx}",
+            "steps": f"{t.step:,}",
+            "tokens seen": f"{t.tokens:,}",
+            "training time (s)": f"{t.clock.seconds:.0f}",
+            "validation loss (nats per token)": shown("nats_per_token"),
+            "floor (nats per token)": shown("floor_nats_per_token"),
+            "validation loss (bits per byte)": shown("bits_per_byte")}
+    if t.goal is not None: rows |= {name.replace("_", " "): shown(name) for name in scores}
+    lines = [f"| {name} | {value} |" for name, value in rows.items() if value is not None]
+    return "\n".join(["# A small language model", "", "Trained with tiny_llm.", "", "| | |", "|---|---|", *lines, ""])
 
 # %% ../../nbs/3_training/02_folder.ipynb #e18b2176
 def _link(a, b):

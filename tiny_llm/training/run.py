@@ -303,11 +303,11 @@ def disk_errors(
         raise UserError(f"{folder} could not be written ({os.strerror(cause.errno)}); {kept}") from e
 
 # %% ../../nbs/3_training/04_run.ipynb #8c25b7e3
-def _draw_losses(ax, logged, val, floor):
+def _draw_losses(ax, logged, val, floor, axis):
     ax.plot([r["step"] for r in logged], [r["loss"] for r in logged], lw=0.8, label="training")
     if val: ax.plot([r["step"] for r in val], [r["val"] for r in val], "o-", ms=3, label="validation")
     if floor is not None: ax.axhline(floor, color="black", ls="--", lw=1, label=f"floor {floor:.3f}")
-    ax.set(xlabel="step", ylabel="loss (nats per token)")
+    ax.set(xlabel="step", ylabel=axis)
     ax.legend()
 
 # %% ../../nbs/3_training/04_run.ipynb #db4ec1c5
@@ -325,17 +325,24 @@ def plot_run(
     metrics,        # rows of metrics.jsonl
     floor=None,     # nats per token
     samples=4,      # how many samples to show
+    goal=None,      # of the run's record, where it had a goal of its own: axis and draw
 ):                  # matplotlib figure
     "Loss against the floor, the gap between them, learning rate, and samples over time."
     if not metrics: raise UserError("the run has measured nothing yet that could be drawn")
     logged = [r for r in metrics if "loss" in r and "lr" in r]
     val = [r for r in metrics if r.get("val") is not None]
     above = [r for r in val if floor is not None and r["val"] > floor]
-    fig, axes = figure(3 + bool(above), 1, width=7, height=5.8 + 1.4 * bool(above))
-    _draw_losses(axes[0], logged, val, floor)
+    goal = goal or dict(axis="loss (nats per token)", draw=[])
+    drawn = {name: rows for name in goal["draw"] if (rows := [r for r in metrics if r.get(name) is not None])}
+    more = bool(above) + len(drawn)
+    fig, axes = figure(3 + more, 1, width=7, height=5.8 + 1.4 * more)
+    _draw_losses(axes[0], logged, val, floor, goal["axis"])
     if above:
         axes[1].semilogy([r["step"] for r in above], [r["val"] - floor for r in above], "o-", ms=3)
         axes[1].set(xlabel="step", ylabel="gap to the floor\n(nats per token)")
+    for ax, (name, rows) in zip(axes[1 + bool(above):], drawn.items()):
+        ax.plot([r["step"] for r in rows], [r[name] for r in rows], lw=0.8)
+        ax.set(xlabel="step", ylabel=name.replace("_", " "), xlim=axes[0].get_xlim())
     axes[-2].plot([r["step"] for r in logged], [r["lr"] for r in logged])
     axes[-2].set(xlabel="step", ylabel="learning rate", ylim=(0, None), xlim=axes[0].get_xlim())
     _draw_samples(axes[-1], [r for r in metrics if r.get("sample")], samples)
@@ -404,7 +411,7 @@ class Run:
 
     def plot(self):
         "Loss against the floor, learning rate, and samples over time, as a matplotlib figure."
-        return plot_run(self.metrics, self.floor)
+        return plot_run(self.metrics, self.floor, goal=self.made.get("goal"))
 
     def __repr__(self): return _in_one_line(self)
 
@@ -417,7 +424,7 @@ def _in_one_line(run):
                  floor=val.get("floor_nats_per_token") or run.floor)
     said = ", ".join(f"{name} {x:.3f}" for name, x in found.items() if x is not None)
     where, step = run.folder.name if run.folder else "in memory", summary.get("step", newest("step") or 0)
-    losses = f", {said} nats per token" if said else ""
+    losses = f", {said}{'' if run.made.get('goal') else ' nats per token'}" if said else ""
     return f"Run({where}: {summary.get('stopped', 'not finished')} at step {step:,}{losses})"
 
 # %% ../../nbs/3_training/04_run.ipynb #1f478a90
@@ -512,7 +519,7 @@ def overfitting(
 
 def notices(event, t):
     "Say once that the run learns its text by heart."
-    if event == "evaluate" and (said := overfitting(t.metrics)): t.warn("over-fitting", said)
+    if event == "evaluate" and t.goal is None and (said := overfitting(t.metrics)): t.warn("over-fitting", said)
 
 # %% ../../nbs/3_training/04_run.ipynb #6db17ec6
 def saves(event, t):
@@ -534,6 +541,8 @@ def shows(
 
 def _where(t):
     floor = "" if t.floor is None else f"  floor {t.floor:.3f}"
+    newest, names = t.metrics[-1] if t.metrics else {}, [] if t.goal is None else t.goal.draw[:2]
+    floor += "".join(f"  {name} {newest[name]:.3g}" for name in names if name in newest)
     return f"step {t.step:,}  loss {t.loss_now:.3f}{floor}  {t.rate():,.0f} tokens/s  {t.clock.left(t.step)} left"
 
 # %% ../../nbs/3_training/04_run.ipynb #dab35672
@@ -596,18 +605,18 @@ def _timed_step(t, loss):
     "Seconds of one step of a Training with this loss, but for the optimizer's; no weight moves, no chance is used up."
     times = []
     with torch.random.fork_rng([t.model.device] if t.model.device.type == "cuda" else []):     # dropout draws, too
-        for _ in range(3):
+        for _ in range(3 if t.goal is None else 1):      # a goal may draw its batches itself, and keep the latest
             start = time.perf_counter()
             loss(t.model, t.batches[t.step * t.config.accumulate].to(t.model.device), t.dtype).backward()
             times.append(time.perf_counter() - start)
             t.opt.zero_grad()
-    return min(times[1:]) * t.config.accumulate
+    return min(times[-2:]) * t.config.accumulate
 
 # %% ../../nbs/3_training/04_run.ipynb #61040264
 def _fastest_threads(t):
     "The number of threads with which a step is shortest: all, half of them or one; fewer must save a tenth."
     most, seconds = torch.get_num_threads(), {}
-    if t.model.device.type != "cpu" or t.group.world > 1: return most
+    if t.model.device.type != "cpu" or t.group.world > 1 or t.goal is not None: return most
     for n in dict.fromkeys((most, max(1, most // 2), 1)):
         torch.set_num_threads(n)
         seconds[n] = _timed_step(t, t.plain) * (1 if n == most else 1.1)
