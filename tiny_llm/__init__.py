@@ -29,6 +29,7 @@ _home = {name: module for module, names in {
     "text.large_corpora":       "LargeBatches TextStream",
     "training.folder":          "load open_gguf open_llama2c save",
     "training.audit":           "audit",
+    "training.code":            "confinement run_program run_programs",
     "training.real_text":       "ByteCounts byte_bits compressed_bits copied longest_match loss_by_kind_of_code parses",
     "training.improvements":    "lr_range_test gradient_noise noise_scale",
     "training.doctor":          "doctor doctor_callback",
