@@ -25,7 +25,7 @@ NEAREST = {
     "training": ["test_training.py"], "training.doctor": ["test_doctor.py"], "training.plan": ["test_plan.py"], "training.tune": ["test_tune.py"], "training.benchmarks": ["test_benchmarks.py"], "training.watch": ["test_watch.py"], "training.scale": ["test_scale.py"], "training.real_text": ["test_real_text.py"], "training.folder": ["test_folders.py", "test_damage.py", "test_lora.py"], "training.run": ["test_training.py", "test_resume.py", "test_owners.py"],
     "training.train": ["test_training.py", "test_resume.py", "test_owners.py", "test_stream.py"],
     "assistant": ["test_decoding.py", "test_options.py", "test_folders.py", "test_cli.py"], "assistant.decoding": ["test_decoding.py"], "assistant.finetune": ["test_options.py", "test_files.py", "test_cli.py"],
-    "assistant.pipeline": ["test_pipeline.py"], "assistant.lora": ["test_lora.py"],
+    "assistant.pipeline": ["test_pipeline.py"], "assistant.lora": ["test_lora.py"], "assistant.reinforce": ["test_reinforce.py"],
     "assistant.chat": ["test_options.py", "test_talk.py", "test_cli.py"], "assistant.cell": ["test_chat_browser.py"],
     "deployment": ["test_options.py", "test_files.py", "test_cli.py"], "deployment.quickstart": ["test_options.py"]}
 LIMIT = 900      # seconds that a notebook or its tests may take; a mutant that runs on is noticed

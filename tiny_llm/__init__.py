@@ -47,6 +47,7 @@ _home = {name: module for module, names in {
     "assistant.generate":       "generate generate_batch grade_stories stream",
     "assistant.finetune":       "finetune grade_chat",
     "assistant.lora":           "use_adapter",
+    "assistant.reinforce":      "align reinforce",
     "assistant.chat":           "ChatSession",
     "assistant.pipeline":       "pipeline",
     "assistant.decoding":       "beam_search speculate",
