@@ -11,7 +11,7 @@ __all__ = ['SLOTS', 'KL_WAYS', 'ALIKE', 'HELD', 'HOW', 'BATCH', 'BEST_RATE', 'TA
            'CodeReward', 'read_prompts', 'align', 'own_prompts', 'asked_again']
 
 # %% ../../nbs/4_assistant/05_reinforce.ipynb #1cc20a27
-import ast, copy, importlib, itertools, json, math, os, random, re, sys, time
+import ast, copy, hashlib, importlib, itertools, json, math, os, random, re, sys, time
 from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
@@ -262,7 +262,10 @@ def prompt_ids(
 ) -> list:
     "What the model reads before it replies."
     if isinstance(prompt, str): return ([] if tok.bos is None else [tok.bos]) + tok.encode(prompt)
-    return tok.prompt(list(prompt))
+    asked = prompt[-1] if isinstance(prompt, list) and prompt else None
+    if not isinstance(asked, dict) or asked.get("role") != "user":
+        raise UserError(f"{prompt!r:.60} is no prompt; give a text, or messages of which the last is the user's")
+    return tok.prompt(prompt)
 
 def _fitting_prompts(prompts, tok, ctx, room):
     "The ids of the prompts; UserError if one leaves no room for a reply."
@@ -352,7 +355,7 @@ def chosen(self: Reinforcement,
         if epoch not in self.orders:
             order = list(range(len(self.prompts)))
             random.Random(f"{self.config.seed} {epoch} prompts").shuffle(order)
-            self.orders = {epoch - 1: self.orders.get(epoch - 1), epoch: order}
+            self.orders = {e: o for e, o in self.orders.items() if e == epoch - 1} | {epoch: order}
         found += [self.orders[epoch][i]] * self.how["group"]
     return found
 
@@ -587,7 +590,7 @@ def text_entropy(
     n: int = 1000,        # texts to draw
     longest: int = 200,   # tokens of a text at most
     seed: int = 0,
-) -> tuple:               # (nats of a text, how many are different, standard error of the nats)
+) -> tuple:               # (nats of a text, standard error of the nats, the texts as lists of ids)
     "How much choice is in what a model says from nothing: the mean of -ln π over texts that it draws."
     begin = prompt_ids(tok, "")
     made = generate_batch(model, tok, [begin] * n, longest, seed=seed, **AS_IS)
@@ -597,7 +600,7 @@ def text_entropy(
             rows = [t.to(model.device) for t in rows_of([begin] * len(some), some)]
             nats.append(-token_logprobs(model.eval(), *rows, tok.nameless(model.cfg.vocab_size))[0].sum(1).cpu())
     nats = torch.cat(nats)
-    return nats.mean().item(), len({tuple(m) for m in made}), (nats.std() / n ** 0.5).item()
+    return nats.mean().item(), (nats.std() / n ** 0.5).item(), made
 
 # %% ../../nbs/4_assistant/05_reinforce.ipynb #213b14d8
 TASKS = dict(   # domain -> operations: (what it is called, how it is written); {k} is a number, {c} a letter
@@ -664,8 +667,12 @@ def code_tasks(
     split: str = "train",  # train, val: kinds that are trained, other tasks; unseen: pairs of operations never trained
 ) -> list:                 # of CodeTask
     "Tasks without end."
-    rng, kinds = random.Random(f"{seed} {split} tasks"), task_kinds(split)
-    return [_task(rng, rng.choice(kinds)) for _ in range(n)]
+    rng, kinds, found = random.Random(f"{seed} {split} tasks"), task_kinds(split), []
+    while len(found) < n:
+        task = _task(rng, rng.choice(kinds))
+        held = hashlib.sha256(task.prompt.encode()).digest()[0] % 8 == 0      # no task is in two splits
+        if split == "unseen" or held == (split == "val"): found.append(task)
+    return found
 
 # %% ../../nbs/4_assistant/05_reinforce.ipynb #6021d23b
 class CodeReward:

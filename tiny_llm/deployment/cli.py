@@ -524,10 +524,10 @@ def align(
     began, out = time.perf_counter(), Path(out).expanduser()
     pick_device(device)
     from tiny_llm.assistant.reinforce import align as fit, asked_again
-    from tiny_llm.training.run import finished
+    from tiny_llm.training.run import finished, past_run
     from tiny_llm.training.watch import watchers
     told, extra = watchers(track), dict(beta=beta, group=group, max_tokens=max_tokens)
-    with alive("align"), owned(out if resume else None):
+    with alive("align"), owned(out if past_run(out, resume) else None):
         asked = asked_again(out, resume, method=method, model=model, reward=reward, data=kwargs.pop("data", None),
                             limit=kwargs.pop("limit", None), **extra)
         net, tok = open_model(asked.pop("model") or QUICK, device)
