@@ -70,8 +70,7 @@ def test_the_optimum_is_the_best(world):
 
 def test_the_fence_holds(world):
     model, tok, ids, _, _ = world
-    made = tl.generate_batch(model, tok, [[tok.bos]] * 50, max_tokens=20, seed=0, temperature=1.0) if hasattr(tl, "generate_batch") else \
-        R.generate_batch(model, tok, [[tok.bos]] * 50, max_tokens=20, seed=0, temperature=1.0)
+    made = R.generate_batch(model, tok, [[tok.bos]] * 50, max_tokens=20, seed=0, temperature=1.0)
     known = {tuple(i) for i in ids.tolist()}
     assert all(tuple(m) in known for m in made)
     with torch.no_grad(): assert abs(R.all_logprobs(model, ids, tok.bos).exp().sum() - 1) < 1e-4
@@ -327,7 +326,7 @@ LINE = "align --method grpo --model base --reward mine:many_a --data prompts.jso
 def test_align_from_the_command_line(room):
     code, out, err = try_line(LINE, show=False)
     assert code == 0, err
-    assert "reward" in out and "run folder" in out and "learning" in err
+    assert "reward_val" in out and "run folder" in out and "learning" in err
     net, tok = load(room / "run", "cpu")
     assert not same(net, load(room / "base", "cpu")[0])
     assert Run(room / "run").made["goal"]["settings"]["reward"] == "mine:many_a"

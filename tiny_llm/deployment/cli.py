@@ -532,12 +532,17 @@ def align(
                             limit=kwargs.pop("limit", None), **extra)
         net, tok = open_model(asked.pop("model") or QUICK, device)
         run = fit(net, tok, out=out, device=device, resume=resume, began=began, callbacks=told, **asked, **kwargs)
-    print(table([*train_rows(finished(run, "the same line with --resume")), *goal_rows(run)]))
+    print(table(goal_rows(finished(run, "the same line with --resume"))))
     return run
 
-def goal_rows(run):
-    "What a goal has measured at the end, as rows for `table`."
-    return [(name, f"{x:.4g}") for name, x in (run.summary.get("val") or {}).items() if isinstance(x, float)]
+def goal_rows(
+    run,     # Run with a goal of its own
+) -> list:   # rows for `table`
+    "What it has measured at the end."
+    s = run.summary
+    return [("steps", f"{s['step']:,} in {clock(s['seconds'])}"),
+            *((name, f"{x:.4g}") for name, x in (s.get("val") or {}).items() if isinstance(x, float)),
+            ("run folder", run.folder), ("model folder", run.folder / "best")]
 
 # %% ../../nbs/5_deployment/05_cli.ipynb #453318cb
 def _judged(net, tok, n, seed, temperature):
