@@ -198,7 +198,7 @@ def token_logprobs(
     x, y, mask,            # (B, T) each, as `rows_of` gives them
     nameless=(),           # ids that are no token, and are never drawn
     dtype=torch.float32,   # of the products
-):                         # (B, T) ln π of y, 0 outside the reply; (B, T) entropy of what it was drawn from, no gradient
+):                         # (B, T) ln π of y, 0 outside the reply; (B, T) entropy of its draw, None with gradients
     "What the model thinks of each token of the replies."
     nameless, logp, entropy = torch.tensor(nameless, dtype=torch.long, device=x.device), [], []
     ends = (mask * torch.arange(1, x.shape[1] + 1, device=x.device)).amax(1).long()
@@ -766,7 +766,8 @@ def align(
 ) -> Run:
     "Preferences or a reward: one door to both."
     if method not in METHODS:
-        raise UserError(f"method is {method!r}; choose one of {', '.join(METHODS)}.{did_you_mean(str(method), METHODS)}")
+        raise UserError(f"method is {method!r}; choose one of {', '.join(METHODS)}."
+                        f"{did_you_mean(str(method), METHODS)}")
     kwargs |= dict(data=data, limit=limit)         # settings of a run: it tells where its text was
     if method != "grpo":
         wrong = next((name for name in HOW if name != "beta" and kwargs.get(name) is not None), None)
@@ -801,8 +802,8 @@ def asked_again(
     was = {**was, "data": past[0].data, "limit": past[0].limit}
     for name in asked.keys() - {"model"}:
         if asked[name] not in (None, was.get(name)):
-            raise UserError(f"{name} is {asked[name]}, but the run in {out} began with {was.get(name)}; leave {name} out, "
-                            "or choose another folder")
+            raise UserError(f"{name} is {asked[name]}, but the run in {out} began with {was.get(name)}; leave {name} "
+                            "out, or choose another folder")
         asked[name] = was.get(name)
     start = past[1].get("began_with")
     if asked["model"] and start and os.path.realpath(model_folder(asked["model"])) != os.path.realpath(start):
