@@ -48,6 +48,7 @@ _home = {name: module for module, names in {
     "assistant.finetune":       "finetune grade_chat",
     "assistant.lora":           "use_adapter",
     "assistant.reinforce":      "align reinforce",
+    "assistant.preference":     "Reward fit_reward prefer read_pairs story_pairs",
     "assistant.chat":           "ChatSession",
     "assistant.pipeline":       "pipeline",
     "assistant.decoding":       "beam_search speculate",
