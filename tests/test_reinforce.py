@@ -374,3 +374,17 @@ def test_killed_five_times_it_ends_alike(room):
     assert kills == 5
     assert same(load(room / "whole" / "last", "cpu")[0], load(room / "run" / "last", "cpu")[0])
     assert lines(room / "whole") == lines(room / "run")
+
+
+@pytest.mark.parametrize("method", ["dpo", "ipo"])
+def test_align_from_pairs(room, method):
+    "The other door: 4.04 preference, through the same command, and on again after a stop."
+    pairs = [dict(prompt="a fox", chosen=" had a hat", rejected=" a red kite"), dict(prompt="the cat", chosen=" had a red kite", rejected=" had a fox")]
+    (room / "pairs.jsonl").write_text("".join(json.dumps(p) + "\n" for p in pairs * 3))
+    line = f"align --method {method} --model base --data pairs.jsonl --steps 4 --batch 2 --device cpu --threads 1 --dtype float32 --out run"
+    code, out, err = try_line(line, show=False)
+    assert code == 0, err
+    assert "run folder" in out and Run(room / "run").made["goal"]["settings"]["method"] == method
+    for wrong, says in (f"{line} --reward stories", "takes no reward"), (f"{line} --group 4", "group belongs to grpo"), (line.replace("pairs.jsonl", "none.jsonl"), "none.jsonl"):
+        code, _, err = try_line(wrong.replace("--out run", "--out other"), show=False)
+        assert code == 2 and says in err and not (room / "other").exists()

@@ -71,7 +71,7 @@ class FencedModel(Transformer):
         return logits + self.fence[at.clamp(max=len(self.fence) - 1)].to(logits.dtype)
 
 def fence_of(
-    ids,                 # (N, T) all texts, with what ends them
+    ids,                 # (texts, T) all texts, with what ends them
     vocab_size: int,
 ):                       # (T, V) bool
     "What stands at each place of some text."
@@ -83,23 +83,23 @@ def fence_of(
 # %% ../../nbs/4_assistant/05_reinforce.ipynb #73f5fff6
 def all_logprobs(
     model,       # Transformer
-    ids,         # (N, T) all texts, with what ends them
+    ids,         # (texts, T) all texts, with what ends them
     begin: int,  # id before the first token
-):               # (N,) nats, with a gradient
+):               # (texts,) nats, with a gradient
     "ln π of every text of a small world."
     x = torch.cat([torch.full((len(ids), 1), begin), ids[:, :-1]], 1)
     return model(x).float().log_softmax(-1).gather(-1, ids[..., None])[..., 0].sum(-1)
 
 def optimum(
-    log_ref,      # (N,) ln π0 of every text
-    rewards,      # (N,)
+    log_ref,      # (texts,) ln π0 of every text
+    rewards,      # (texts,)
     beta: float,
-):                # (N,) ln π*
+):                # (texts,) ln π*
     "The best policy, equation (4.05.2)."
     return (log_ref + rewards / beta).log_softmax(0)
 
 def divergence(
-    log_p, log_q,   # (N,) of every text
+    log_p, log_q,   # (texts,) of every text
 ):                  # () nats
     "KL(p‖q), summed over all texts."
     return (log_p.exp() * (log_p - log_q)).sum()
@@ -187,7 +187,7 @@ def rows_of(
 ALIKE = 16     # rows of like length that go through the model together
 
 def _reply_logits(model, x, at, nameless):
-    "Logits (N, V) at the places that `at` (B, T) marks: the head is spared everywhere else."
+    "Logits (places, V) at the places that `at` (B, T) marks: the head is spared everywhere else."
     logits = model.head(model.hidden_states(x)[at]).float()      # filled up behind the end: nothing sees it
     fence = getattr(model, "fence", None)
     if fence is not None: logits = logits + fence[at.nonzero()[:, 1].clamp(max=len(fence) - 1)]
@@ -366,7 +366,7 @@ def draw_and_judge(self: Reinforcement,
     model,
     prompts, ids,   # texts or messages, and what the model reads of each
     seed: int,      # of the draws
-):                  # (new ids of each, (N,) rewards)
+):                  # (new ids of each, (texts,) rewards)
     "Replies at temperature 1, and what they earn."
     training, began = model.training, time.perf_counter()
     made = generate_batch(model.eval(), self.tok, ids, self.how["max_tokens"], seed=seed, stop=[self.tok.end], **AS_IS)
