@@ -48,6 +48,7 @@ _home = {name: module for module, names in {
     "assistant.generate":       "generate generate_batch grade_stories stream",
     "assistant.finetune":       "finetune grade_chat",
     "assistant.lora":           "use_adapter",
+    "assistant.reinforce":      "align reinforce",
     "assistant.preference":     "Reward fit_reward prefer read_pairs story_pairs",
     "assistant.chat":           "ChatSession",
     "assistant.pipeline":       "pipeline",

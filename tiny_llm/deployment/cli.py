@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['TEXTS', 'commands', 'SHARED', 'make_parser', 'as_typed', 'parse_options', 'command', 'tell', 'overview', 'dispatch',
            'main', 'try_line', 'colourful', 'line_reader', 'quickstart', 'check_out', 'data', 'read_text', 'train',
-           'plan', 'tune', 'sampling_options', 'generate', 'chat', 'serve', 'finetune', 'pipeline', 'eval_', 'plot',
-           'machine_rows', 'info']
+           'plan', 'tune', 'sampling_options', 'generate', 'chat', 'serve', 'finetune', 'align', 'goal_rows',
+           'pipeline', 'eval_', 'plot', 'machine_rows', 'info']
 
 # %% ../../nbs/5_deployment/05_cli.ipynb #4a764f48
 import gc, io, json, os, re, signal, sys, time, warnings
@@ -474,6 +474,46 @@ def _start_of(past, model, out):
                         "or choose another folder")
     if past and (out / "last").exists(): return out / "last"
     return model or start or QUICK
+
+# %% ../../nbs/5_deployment/05_cli.ipynb #3c51b5bb
+@command
+@takes_settings(but=["model", "betas", "preset", "vocab_size", "column", "stream", "smoothing", "tokenizer"])
+def align(
+    method: str = None,       # dpo or ipo: learn from pairs; grpo: from a reward; left out: grpo
+    model: str = None,        # model folder or run folder to begin with; left out: runs/quickstart
+    reward: str = None,       # of grpo: stories, code, or module:function
+    beta: float = None,       # what it costs to move away from the model of the beginning; left out: that of the method
+    group: int = None,        # of grpo: replies to one prompt that are compared; left out: 8
+    max_tokens: int = None,   # of grpo: longest reply; left out: 200
+    out: str = "runs/align",  # run folder to make
+    device: str = "auto",     # auto, cpu, cuda, mps
+    resume: bool = False,     # go on with the run in out; what is asked for besides must agree with it
+    track: str = None,        # as in train
+    **kwargs,                 # settings of `TrainConfig`; data: pairs, or prompts; left out: the reward's own
+):
+    "Align a model with preferences or with a reward."
+    began, out = time.perf_counter(), Path(out).expanduser()
+    pick_device(device)
+    from tiny_llm.assistant.reinforce import align as fit, asked_again
+    from tiny_llm.training.run import finished, past_run
+    from tiny_llm.training.watch import watchers
+    told, extra = watchers(track), dict(beta=beta, group=group, max_tokens=max_tokens)
+    with alive("align"), owned(out if past_run(out, resume) else None):
+        asked = asked_again(out, resume, method=method, model=model, reward=reward, data=kwargs.pop("data", None),
+                            limit=kwargs.pop("limit", None), **extra)
+        net, tok = open_model(asked.pop("model") or QUICK, device)
+        run = fit(net, tok, out=out, device=device, resume=resume, began=began, callbacks=told, **asked, **kwargs)
+    print(table(goal_rows(finished(run, "the same line with --resume"))))
+    return run
+
+def goal_rows(
+    run,     # Run with a goal of its own
+) -> list:   # rows for `table`
+    "What it has measured at the end."
+    s = run.summary
+    return [("steps", f"{s['step']:,} in {clock(s['seconds'])}"),
+            *((name, f"{x:.4g}") for name, x in (s.get("val") or {}).items() if isinstance(x, float)),
+            ("run folder", run.folder), ("model folder", run.folder / "best")]
 
 # %% ../../nbs/5_deployment/05_cli.ipynb #453318cb
 def _judged(net, tok, n, seed, temperature):
