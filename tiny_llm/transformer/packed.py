@@ -288,7 +288,9 @@ def packed(
                         "then pack it")
     if isinstance(model, PackedTransformer):
         raise UserError(f"the model is kept in {model.kind} already; begin with the one that it was made from")
-    shared = {id(m.weight): m.weight for m in model.modules() if isinstance(m, (nn.Linear, nn.Embedding))}
+    # the same numbers, but not the same parameters: the model's own go on being trained
+    shared = {id(m.weight): nn.Parameter(m.weight.detach(), requires_grad=False)
+              for m in model.modules() if isinstance(m, (nn.Linear, nn.Embedding))}
     net = copy.deepcopy(model, shared)
     net.requires_grad_(False)
     net.__class__, net.kind, net.fast = PackedTransformer, kind, fast
