@@ -37,7 +37,7 @@ def ours(source, kind, threads):
     import torch, tiny_llm as tl
     torch.set_num_threads(threads)
     torch.set_grad_enabled(False)
-    model, tok = tl.load(source, "cpu")
+    model, tok = tl.load(source, "cpu")      # its blocks are of a kind that becomes float32
     model = tl.quantize(model, kind, fast=True) if kind != "plain" else model
     ids = torch.tensor([tok.encode(PROMPT)])
     def run(n):

@@ -340,8 +340,9 @@ def packed_gguf(
     model, tk, named = from_gguf(file, ctx)
     values, tensors = _read_gguf(Path(file))
     kind, tensors = values["general.architecture"], {t.name: t for t in tensors}
-    kinds = {t.tensor_type.name for t in tensors.values()} & {*_SIZES}
-    if not kinds or kind not in ("llama", "qwen2", "qwen3"): return model, tk, named
+    kinds = {t.tensor_type.name for name, t in tensors.items() if name.startswith("blk.") and len(t.shape) > 1}
+    # a file that keeps its table alone in one of the two, as Q4_1 files do, stays a model that can be trained
+    if not kinds <= {*_SIZES} or kind not in ("llama", "qwen2", "qwen3"): return model, tk, named
     def as_it_stands(name, m):
         "The layer as the file has it, if all its parts are of one kind."
         found = []
