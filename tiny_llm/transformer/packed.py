@@ -90,31 +90,12 @@ class PackedLinear(nn.Module):
             if 1 < scale.shape[1]: scale = F.pad(scale, (0, n.shape[1] // 32 - groups))
             words = (n.to(torch.int8) if bits == 8 else pack4(n)).contiguous().view(torch.float32)
             words = words.view(len(n), -1, 8)
-        for name, t in (("words", words), ("scale", scale), ("bias", bias)): self.register_buffer(name, t)
+        self.register_buffer("words", words)
+        self.register_buffer("scale", scale)
+        self.register_buffer("bias", bias)
 
     @property
     def padding(self): return 0 if self.bits == 16 else -self.in_features % (256 // self.bits)
-
-    def numbers(self,
-        rows=slice(None),  # which
-    ):                     # (rows, inputs, padded) float32
-        "Whole numbers times steps: the weights."
-        words = self.words[rows]
-        if self.bits == 16: return words.float()
-        data, scale = words.reshape(len(words), -1), self.scale[rows]
-        n = data.view(torch.int8) if self.bits == 8 else unpack4(data.view(torch.uint8))
-        return (n.float().view(len(n), scale.shape[1], -1) * scale[..., None]).view(len(n), -1)
-
-    def forward(self,
-        x,  # (..., inputs)
-    ):      # (..., outputs)
-        "One row in code that is being compiled: without unpacking. Else the naive way."
-        if x.numel() != self.in_features or get_proxy_mode() is None:
-            return F.linear(x, self.numbers()[:, :self.in_features], self.bias)
-        row = F.pad(x.reshape(-1), (0, self.padding))
-        if self.bits == 16: y = (self.words.float() * settled(row)).sum(-1)
-        else: y = row_product(row, self.words, self.scale, self.bits)
-        return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], -1)
 
     @property
     def weight(self):
@@ -122,6 +103,30 @@ class PackedLinear(nn.Module):
                         "trained, adapted or saved as a folder. Use the model that they were made from")
 
     def extra_repr(self): return f"{self.in_features}, {self.out_features}, bits={self.bits}"
+
+# %% ../../nbs/1_transformer/11_packed.ipynb #00e6dc82
+@patch
+def numbers(self: PackedLinear,
+    rows=slice(None),  # which
+):                     # (rows, inputs, padded) float32
+    "Whole numbers times steps: the weights."
+    words = self.words[rows]
+    if self.bits == 16: return words.float()
+    data, scale = words.reshape(len(words), -1), self.scale[rows]
+    n = data.view(torch.int8) if self.bits == 8 else unpack4(data.view(torch.uint8))
+    return (n.float().view(len(n), scale.shape[1], -1) * scale[..., None]).view(len(n), -1)
+
+@patch
+def forward(self: PackedLinear,
+    x,  # (..., inputs)
+):      # (..., outputs)
+    "One row in code that is being compiled: without unpacking. Else the naive way."
+    if x.numel() != self.in_features or get_proxy_mode() is None:
+        return F.linear(x, self.numbers()[:, :self.in_features], self.bias)
+    row = F.pad(x.reshape(-1), (0, self.padding))
+    if self.bits == 16: y = (self.words.float() * settled(row)).sum(-1)
+    else: y = row_product(row, self.words, self.scale, self.bits)
+    return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], -1)
 
 # %% ../../nbs/1_transformer/11_packed.ipynb #c26a6578
 class PackedEmbedding(nn.Module):
@@ -328,7 +333,8 @@ def _places(
     tied,  # whether the head is the embedding
 ):         # names of the tensors that it is made of
     "Where a file has the weights of a layer."
-    if not name.startswith("blocks."): return ["output.weight" if name == "head" and not tied else "token_embd.weight"]
+    if name == "head" and not tied: return ["output.weight"]
+    if name in ("head", "embed"): return ["token_embd.weight"]
     _, i, part = name.split(".", 2)
     return [f"blk.{i}.{p}.weight" for p in _joined[part]]
 
