@@ -18,7 +18,7 @@ for file in sorted((Path(__file__).parent/"mutants").glob("*.py")):
 # the tests that are asked where the notebook noticed nothing: a module's own, else its part's; the likeliest first, for the first failure ends it
 NEAREST = {
     "basics": ["test_runner.py"],
-    "transformer": ["test_weights.py"], "transformer.adapters": ["test_lora.py"],
+    "transformer": ["test_weights.py"], "transformer.adapters": ["test_lora.py"], "transformer.packed": ["test_quantize.py"],
     "text": ["test_data.py"], "text.tokenizer": ["test_data.py", "test_typed_text.py", "test_bpe.py", "test_real_tokenizers.py"],
     "text.bpe": ["test_bpe.py", "test_real_tokenizers.py"], "text.playground": ["test_playground.py"], "text.sources": ["test_sources.py", "test_files.py"],
     "text.cleaning": ["test_cleaning.py"], "text.large_corpora": ["test_data.py", "test_stream.py"],
@@ -27,7 +27,7 @@ NEAREST = {
     "assistant": ["test_decoding.py", "test_options.py", "test_folders.py", "test_cli.py"], "assistant.decoding": ["test_decoding.py"], "assistant.finetune": ["test_options.py", "test_files.py", "test_cli.py"],
     "assistant.pipeline": ["test_pipeline.py"], "assistant.lora": ["test_lora.py"],
     "assistant.chat": ["test_options.py", "test_talk.py", "test_cli.py"], "assistant.cell": ["test_chat_browser.py"],
-    "deployment": ["test_options.py", "test_files.py", "test_cli.py"], "deployment.quickstart": ["test_options.py"]}
+    "deployment": ["test_options.py", "test_files.py", "test_cli.py"], "deployment.quickstart": ["test_options.py"], "deployment.quantize": ["test_quantize.py"]}
 LIMIT = 900      # seconds that a notebook or its tests may take; a mutant that runs on is noticed
 
 

@@ -53,4 +53,11 @@ MUTANTS = [
     ("deployment.cli", "TEXTS = (\"prompt\", \"system\", \"column\")", "TEXTS = (\"prompt\", \"system\")", "a column's name arrives wrong under LANG=C"),
     ("deployment.cli", "chat(str(Path(out) / \"model\"), device=device)", "chat(str(Path(out) / \"model\"))", "the chat after a quickstart forgets the device"),
     ("deployment.cli", "if \"preset\" in given: file = changed(file, model=None)", "pass", "a preset loses against the file's model"),
+    # 5.01 quantize
+    ("deployment.quantize", "top = 2 ** (bits - 1) - 1\n    s = (factor", "top = 2 ** (bits - 1)\n    s = (factor", "the grid has a point too many"),
+    ("deployment.quantize", "torch.where(now < lost, a, b)", "torch.where(now > lost, a, b)", "the worst step is taken"),
+    ("deployment.quantize", "W[:, i + 1:] -= error[:, None] * U[i, i + 1:]", "W[:, i + 1:] += error[:, None] * U[i, i + 1:]", "the error is fed back with the wrong sign"),
+    ("deployment.quantize", "if i % group == 0: steps", "if i == 0 or i % (2 * group) == 0: steps", "two groups share a step"),
+    ("deployment.quantize", "own = bits if name.startswith(\"blocks.\") else head", "own = bits", "the head has the bits of the blocks"),
+    ("deployment.quantize", "bias = None if bias is None else bias.detach()", "bias = None", "biases are lost"),
 ]
