@@ -25,14 +25,14 @@ SHAPES = {"own": {}, "grouped": dict(n_kv_heads=1), "llama": dict(LLAMA, tied=Fa
 
 def small(kind="own", **more):
     torch.manual_seed(0)
-    return tl.Transformer(tl.ModelConfig(**{**dict(vocab_size=259, ctx=48, d_model=64, n_layers=2, n_heads=4), **SHAPES[kind], **more})).eval()
+    return tl.Transformer(tl.ModelConfig(**{**dict(vocab_size=270, ctx=48, d_model=64, n_layers=2, n_heads=4), **SHAPES[kind], **more})).eval()
 
 
 @pytest.fixture(scope="module")
-def tok(): return tl.train_tokenizer(tl.stories(30), vocab_size=259)
+def tok(): return tl.train_tokenizer(tl.stories(30), vocab_size=270)
 
 
-def text(T, B=1, V=259): return torch.randint(V, (B, T), generator=torch.Generator().manual_seed(T))
+def text(T, B=1, V=270): return torch.randint(V, (B, T), generator=torch.Generator().manual_seed(T))
 
 
 @torch.no_grad()
@@ -164,7 +164,7 @@ def test_steps_refuse_what_the_model_refuses():
     cache = net.cache(1, 48)
     with torch.no_grad():
         net(text(5), cache=cache)
-        with pytest.raises(UserError, match="must lie in 0"): net(torch.tensor([[259]]), cache=cache)
+        with pytest.raises(UserError, match="must lie in 0"): net(torch.tensor([[270]]), cache=cache)
         cache.length = 48
         with pytest.raises(UserError, match="do not fit"): net(torch.tensor([[1]]), cache=cache)
 
