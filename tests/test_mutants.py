@@ -18,7 +18,7 @@ for file in sorted((Path(__file__).parent/"mutants").glob("*.py")):
 # the tests that are asked where the notebook noticed nothing: a module's own, else its part's; the likeliest first, for the first failure ends it
 NEAREST = {
     "basics": ["test_runner.py"],
-    "transformer": ["test_weights.py"], "transformer.adapters": ["test_lora.py"],
+    "transformer": ["test_weights.py"], "transformer.adapters": ["test_lora.py"], "transformer.packed": ["test_quantize.py"],
     "text": ["test_data.py"], "text.tokenizer": ["test_data.py", "test_typed_text.py", "test_bpe.py", "test_real_tokenizers.py"],
     "text.bpe": ["test_bpe.py", "test_real_tokenizers.py"], "text.playground": ["test_playground.py"], "text.sources": ["test_sources.py", "test_files.py"],
     "text.cleaning": ["test_cleaning.py"], "text.large_corpora": ["test_data.py", "test_stream.py"],
@@ -30,7 +30,7 @@ NEAREST = {
 "assistant.reinforce": ["test_reinforce.py"],
     "assistant.chat": ["test_options.py", "test_talk.py", "test_cli.py"], "assistant.cell": ["test_chat_browser.py"],
     "deployment": ["test_options.py", "test_files.py", "test_cli.py"], "deployment.quickstart": ["test_options.py"],
-    "deployment.serve": ["test_serve.py", "test_page.py"]}
+    "deployment.serve": ["test_serve.py", "test_page.py"], "deployment.quantize": ["test_quantize.py"]}
 LIMIT = 900      # seconds that a notebook or its tests may take; a mutant that runs on is noticed
 
 

@@ -15,6 +15,7 @@ _home = {name: module for module, names in {
     "transformer.sizes":        "count_params counted_flops flops_per_token",
     "transformer.huggingface":  "family from_hf to_hf",
     "transformer.gguf":         "from_gguf from_llama2c",
+    "transformer.packed":       "PackedLinear PackedTransformer packed_gguf",
     "transformer.adapters":     "add_adapter delete_adapter list_adapters load_adapter merge_adapter save_adapter set_adapter",
     "text.stories":             "Story floor_shares stories",
     "text.judge":               "parse surprisals",
@@ -55,6 +56,7 @@ _home = {name: module for module, names in {
     "assistant.decoding":       "beam_search speculate",
     "assistant.cell":           "chat",
     "assistant.engine":         "Engine",
+    "deployment.quantize":      "kept_bytes quantize",
     "deployment.serve":         "make_app serve",
 }.items() for name in names.split()}
 __all__ = sorted(_home)

@@ -70,4 +70,11 @@ MUTANTS = [
     ("deployment.serve", "if event.reason == \"interrupted\":", "if False:", "a text that was broken off looks whole"),
     ("deployment.serve", "e.id is not None and e.id not in order.stream.stop", "e.id is not None", "the mark at the end has a log-probability"),
     ("deployment.serve", "return \"system\" if m[\"role\"] == \"developer\" else m[\"role\"]", "return m[\"role\"]", "developer is no word for system"),
+    # 5.01 quantize
+    ("deployment.quantize", "top = 2 ** (bits - 1) - 1\n    s = (factor", "top = 2 ** (bits - 1)\n    s = (factor", "the grid has a point too many"),
+    ("deployment.quantize", "torch.where(now < lost, a, b)", "torch.where(now > lost, a, b)", "the worst step is taken"),
+    ("deployment.quantize", "W[:, i + 1:] -= error[:, None] * U[i, i + 1:]", "W[:, i + 1:] += error[:, None] * U[i, i + 1:]", "the error is fed back with the wrong sign"),
+    ("deployment.quantize", "if i % group == 0: steps", "if i == 0 or i % (2 * group) == 0: steps", "two groups share a step"),
+    ("deployment.quantize", "own = bits if name.startswith(\"blocks.\") else head", "own = bits", "the head has the bits of the blocks"),
+    ("deployment.quantize", "bias = None if bias is None else bias.detach()", "bias = None", "biases are lost"),
 ]

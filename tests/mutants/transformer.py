@@ -88,4 +88,13 @@ MUTANTS = [
     ("transformer.adapters", "elif getattr(model, \"adapter\", None): merge_adapter(model)", "", "a training forgets the adapter that a model came with"),
     ("transformer.adapters", "if config.lora_dropout: torch.manual_seed(config.seed)", "if False: torch.manual_seed(config.seed)", "dropout does not follow the seed"),
     ("transformer.adapters", "hint = \"; adapter_model.bin is a pickle, which is not read\" if", "hint = \"\" if", "nobody is told of the pickle"),
+    # 1.11 packed
+    ("transformer.packed", "signed = 3 if 4 * g + 3 == top else 4", "signed = 4", "the highest place is raised as the others are"),
+    ("transformer.packed", "scale[:, :, min(g, scale.shape[2] - 1), None]", "scale[:, :, 0, None]", "the second group has the step of the first"),
+    ("transformer.packed", "u = u[..., 0] | u[..., 1] << 4", "u = u[..., 1] | u[..., 0] << 4", "the two numbers of a byte are swapped"),
+    ("transformer.packed", "nn.Parameter(m.weight.detach(), requires_grad=False)", "m.weight", "the model that was packed is frozen"),
+    ("transformer.packed", "turn = kind == \"llama\" and place", "turn = kind == \"qwen2\" and place", "rows of queries and keys stay in llama.cpp's order"),
+    ("transformer.packed", "if not kinds <= {*_SIZES} or kind not in", "if not kinds & {*_SIZES} or kind not in", "a file of mixed kinds is kept"),
+    ("transformer.packed", "and cache.pad is None and doc is None", "and doc is None", "padded rows go the compiled way"),
+    ("transformer.packed", "if mode: raise UserError(f\"a model kept in", "if False: raise UserError(f\"a model kept in", "a packed model is trained"),
 ]

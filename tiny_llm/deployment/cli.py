@@ -365,6 +365,7 @@ def sampling_options(
     repetition_penalty: float = None,  # above 1: what has appeared becomes less likely; left out: the folder's, or 1
     seed: int = None,                  # same seed, same text
     device: str = "auto",              # auto, cpu, cuda, mps
+    quantize: str = None,              # int8, int4, bfloat16: weights in fewer bits; left out: as they are
 ):
     "The options that `generate` and `chat` share: those of `stream`, written again so that no import delays the help."
 
@@ -379,9 +380,9 @@ def generate(
     "Continue a text."
     from tiny_llm.assistant.chat import printable
     from tiny_llm.assistant.generate import sampling, stream
-    device = kwargs.pop("device", "auto")
+    device, kind = kwargs.pop("device", "auto"), kwargs.pop("quantize", None)
     sampling(**kwargs)          # complains before the model is opened
-    pieces = stream(*open_model(model, device), prompt, **kwargs)
+    pieces = stream(*open_model(model, device, kind), prompt, **kwargs)
     try:
         for text in chain([prompt], pieces):
             print(printable(text), end="", flush=True)
@@ -398,9 +399,9 @@ def chat(
     "Talk with a model. Ctrl-C stops a reply, Ctrl-D leaves, /help lists the rest."
     from tiny_llm.assistant.chat import ChatSession, columns, talk
     from tiny_llm.assistant.generate import sampling
-    device = kwargs.pop("device", "auto")
+    device, kind = kwargs.pop("device", "auto"), kwargs.pop("quantize", None)
     sampling(**kwargs)          # complains before the model is opened
-    session = ChatSession(*open_model(model, device), system=system, **kwargs)
+    session = ChatSession(*open_model(model, device, kind), system=system, **kwargs)
     talk(session, read=line_reader(), colour=colourful(), width=columns if sys.stdout.isatty() else None)
 
 # %% ../../nbs/5_deployment/05_cli.ipynb #9122af1b
@@ -581,6 +582,7 @@ def eval_(
     column: str = None,        # column of the text in rows
     tasks: str = None,         # blimp,lambada; where the items are may follow: blimp:FOLDER
     baseline: str = None,      # model to compare with, on the same documents and items
+    quantize: str = None,      # int8, int4, bfloat16: measure the model (not the baseline) with weights in fewer bits
     out: str = None,           # JSON file to write: all figures, and those of each unit and item
     suite: str = None,         # code, humaneval or mbpp alone; where the problems are may follow: mbpp:FILE
 ):
@@ -594,7 +596,7 @@ def eval_(
     if data == "none" and not parse_tasks(tasks): raise UserError("there is nothing to measure; give data or tasks")
     file = out and Path(out).expanduser().absolute()
     if file: check_out(file)
-    net, tok = open_model(model, device)
+    net, tok = open_model(model, device, quantize)
     other = open_model(baseline, device) if baseline else None
     docs = [] if data == "none" else documents(data, split, limit, seed, column)
     found = benchmark(net, tok, docs, tasks, other, limit, ctx=ctx, stride=stride, batch=batch)

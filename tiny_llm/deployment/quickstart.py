@@ -75,11 +75,16 @@ def train_rows(
 def open_model(
     path,            # model folder, run folder or quickstart folder
     device="auto",   # "auto", "cpu", "cuda", "mps"
+    kind=None,       # int8, int4, ..., as for `quantize` of 5.01; None: as it is
 ) -> tuple:          # (Transformer, Tokenizer)
     "The model of a folder, on a device, with its tokenizer."
     from tiny_llm.training.folder import load
+    if kind is not None:
+        from tiny_llm.deployment.quantize import check_kind, quantize
+        check_kind(kind)
     with alive(f"opening {path}"):
-        return load(path, device=device)
+        model, tok = load(path, device=device)
+        return (model if kind is None else quantize(model, kind)), tok
 
 # %% ../../nbs/5_deployment/04_quickstart.ipynb #19ae0077
 @dataclass(frozen=True)
