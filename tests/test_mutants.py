@@ -27,7 +27,8 @@ NEAREST = {
     "assistant": ["test_decoding.py", "test_options.py", "test_folders.py", "test_cli.py"], "assistant.decoding": ["test_decoding.py"], "assistant.finetune": ["test_options.py", "test_files.py", "test_cli.py"],
     "assistant.pipeline": ["test_pipeline.py"], "assistant.lora": ["test_lora.py"],
     "assistant.chat": ["test_options.py", "test_talk.py", "test_cli.py"], "assistant.cell": ["test_chat_browser.py"],
-    "deployment": ["test_options.py", "test_files.py", "test_cli.py"], "deployment.quickstart": ["test_options.py"]}
+    "deployment": ["test_options.py", "test_files.py", "test_cli.py"], "deployment.quickstart": ["test_options.py"],
+    "deployment.export": ["test_export.py"], "transformer.graph": ["test_export.py"]}
 LIMIT = 900      # seconds that a notebook or its tests may take; a mutant that runs on is noticed
 
 

@@ -11,7 +11,7 @@ from run_notebook import directives
 
 modules = sorted(p for p in (ROOT / "tiny_llm").rglob("*.py") if p.stem[0] != "_")
 DEEP = """flash sizes huggingface gguf judge dialogues bpe playground cleaning large_corpora audit doctor tune scale improvements plan watch real_text
-    benchmarks pipeline adapters lora decoding xray cell""".split()   # nothing that follows needs them
+    benchmarks pipeline adapters lora decoding xray cell graph export""".split()   # nothing that follows needs them
 every = pytest.mark.parametrize("path", notebooks(), ids=page)
 each = pytest.mark.parametrize("path", exporting(), ids=page)
 each_module = pytest.mark.parametrize("path", modules, ids=lambda p: p.relative_to(ROOT).as_posix())

@@ -15,6 +15,7 @@ _home = {name: module for module, names in {
     "transformer.sizes":        "count_params counted_flops flops_per_token",
     "transformer.huggingface":  "family from_hf to_hf",
     "transformer.gguf":         "from_gguf from_llama2c",
+    "transformer.graph":        "Graph OnnxSession onnx_graph",
     "transformer.adapters":     "add_adapter delete_adapter list_adapters load_adapter merge_adapter save_adapter set_adapter",
     "text.stories":             "Story floor_shares stories",
     "text.judge":               "parse surprisals",
@@ -50,6 +51,7 @@ _home = {name: module for module, names in {
     "assistant.pipeline":       "pipeline",
     "assistant.decoding":       "beam_search speculate",
     "assistant.cell":           "chat",
+    "deployment.export":        "export passport push write_gguf write_hub_folder write_onnx",
 }.items() for name in names.split()}
 __all__ = sorted(_home)
 
