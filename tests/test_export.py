@@ -436,7 +436,7 @@ class Hub(BaseHTTPRequestHandler):
             return self.answer(dict(errors=[], warnings=[]))
         if "/preupload/" in self.path: return self.answer(dict(files=[dict(path=f["path"], uploadMode="regular", shouldIgnore=False) for f in json.loads(body)["files"]]))
         s.sent += [json.loads(line) for line in body.splitlines() if line]
-        self.answer(dict(success=True, commitOid="0" * 40, commitUrl=f"{here}/c", hookOutput=""))
+        self.answer(dict(success=True, commitOid="0" * 40, commitUrl=f"{here}/ada/ducks/commit/0", hookOutput=""))
 
 
 @pytest.fixture
@@ -464,7 +464,7 @@ def test_a_folder_is_pushed(hub, desk, tmp_path):
 
 
 @pytest.mark.parametrize("where, code, what, says", [("/create", 401, dict(error="Invalid username or password."), "the hub did not take"), ("/create", 403, dict(error="You don't have the rights"), "rights"),
-                                                     ("/validate-yaml", 400, dict(errors=[dict(message='"license" must be one of')], warnings=[]), '"license" must be one of'), ("/commit/", 500, dict(error="x"), "the hub did not take")])
+                                                     ("/validate-yaml", 400, dict(errors=[dict(message='"license" must be one of')], warnings=[]), '"license" must be one of'), ("/commit/", 403, dict(error="x"), "the hub did not take")])
 def test_a_hub_that_refuses_is_one_line(where, code, what, says, hub, desk, tmp_path):
     hub.refuse.append((where, code, what))
     p = pushed(hub, tmp_path, "--model", desk/"run", "--format", "hf", "--out", "hub", "--push", "ada/ducks", "--no_passport")

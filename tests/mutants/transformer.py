@@ -88,4 +88,9 @@ MUTANTS = [
     ("transformer.adapters", "elif getattr(model, \"adapter\", None): merge_adapter(model)", "", "a training forgets the adapter that a model came with"),
     ("transformer.adapters", "if config.lora_dropout: torch.manual_seed(config.seed)", "if False: torch.manual_seed(config.seed)", "dropout does not follow the seed"),
     ("transformer.adapters", "hint = \"; adapter_model.bin is a pickle, which is not read\" if", "hint = \"\" if", "nobody is told of the pickle"),
+    # 1.11 graph
+    ("transformer.graph", "g(\"Less\", g(\"Sub\", at, keys)", "g(\"LessOrEqual\", g(\"Sub\", at, keys)", "the window is one token wider"),
+    ("transformer.graph", "if b.parallel else y, 2)", "if False else y, 2)", "parallel halves stand one behind the other"),
+    ("transformer.graph", "return g(\"And\", may, g(\"Unsqueeze\", g(\"Cast\", \"attention_mask\", to=_BOOL), g.ints(1, 2)))", "return may", "padding is looked at"),
+    ("transformer.graph", "y if layer.bias is None else g(\"Add\", y, g.hold(f\"{name}.bias\", layer.bias))", "y", "biases are lost"),
 ]
