@@ -587,7 +587,8 @@ def export(
     from tiny_llm.deployment.export import export as write, passport_file, passport_line
     about = {name: value for name, value in (("license", license), ("language", language)) if value}
     said = write(model, out, format, weights, push, about, not no_passport)
-    rows = [("file" if format == "gguf" else "folder", said["path"]), *(("", passport_line(p)) for p in said["passports"])]
+    rows = [("file" if format == "gguf" else "folder", said["path"])]
+    rows += [("", passport_line(p)) for p in said["passports"]]
     if said["passports"]: rows.append(("passport", passport_file(said["path"])))
     print(table(rows + ([("sent to", said["address"])] if said["address"] else [])))
     if not said["passed"]: raise SystemExit(tell("; ".join(d for p in said["passports"] for d in p["differs"]), 1))

@@ -17,6 +17,7 @@ import numpy as np
 import tokenizers
 import torch
 import yaml
+from fastcore.basics import patch
 from torch import nn
 from ..basics import UserError, did_you_mean, note, read_json, sha256, write_file
 from ..text.tokenizer import PATTERN
@@ -88,7 +89,8 @@ def _row_order(W, arch, name, cfg):
     "A tensor of Hugging Face in GGUF's order of rows."
     if arch == "llama" and name in ("attn_q", "attn_k"):
         return half_to_interleaved(W.unflatten(0, (-1, cfg.head_dim)), 1).flatten(0, 1)
-    if arch == "gptneox" and name == "attn_qkv": return W.unflatten(0, (cfg.n_heads, 3, -1)).transpose(0, 1).flatten(0, 2)
+    if arch == "gptneox" and name == "attn_qkv":
+        return W.unflatten(0, (cfg.n_heads, 3, -1)).transpose(0, 1).flatten(0, 2)
     return W.t() if arch == "gpt2" and W.dim() > 1 else W
 
 def gguf_tensors(
@@ -115,10 +117,12 @@ def gguf_losses(
 ) -> list:    # of str, one line each
     "What llama.cpp leaves out of a shape; UserError where it would be another model from the first token on."
     kind, how = family(cfg), dict(cfg.rope_scaling or {})
-    if kind == "openai-gpt": raise UserError("GGUF has no OpenAI GPT, whose norms stand behind the sums; export as onnx or hf")
+    if kind == "openai-gpt":
+        raise UserError("GGUF has no OpenAI GPT, whose norms stand behind the sums; export as onnx or hf")
     act = dict(gpt2="gelu_tanh", gpt_neox="gelu").get(kind, cfg.ffn)
     kept = {"rope_type", "factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"}
-    kept |= {name for name, usual in (("beta_fast", 32), ("beta_slow", 1)) if how.get(name) == usual}   # it reads no other
+    usual = dict(beta_fast=32, beta_slow=1)      # llama.cpp reads no other
+    kept |= {name for name in usual if how.get(name) == usual[name]}
     wrong = {f"the activation {cfg.ffn} in a {kind}": cfg.ffn != act,
              f"rope_scaling {how.get('rope_type')}": how.get("rope_type", "default") == "dynamic",
              f"rope_scaling's {', '.join(sorted(how.keys() - kept))}": how.keys() - kept}
@@ -145,8 +149,8 @@ def _shape_values(c, arch):
 def _slower(c):
     "{name: tensor} of Llama 3's scaling: how many times slower each pair turns."
     if (c.rope_scaling or {}).get("rope_type") != "llama3": return {}
-    D = c.rotary_dim
-    return {"rope_freqs.weight": rope_frequencies(D, c.rope_base)[0] / rope_frequencies(D, c.rope_base, c.rope_scaling, c.ctx)[0]}
+    fast, slow = (rope_frequencies(c.rotary_dim, c.rope_base, how, c.ctx)[0] for how in (None, c.rope_scaling))
+    return {"rope_freqs.weight": fast / slow}
 
 # %% ../../nbs/5_deployment/02_export.ipynb #8e88f253
 def _as_json(cut):
@@ -165,7 +169,8 @@ def cut_name(
     "llama.cpp's name for the way in which a tokenizer cuts text."
     file = json.loads(tok.json_text)
     bytes_ = file["model"]["type"] == "BPE" and '"ByteLevel"' in json.dumps(file["decoder"])
-    if not bytes_: raise UserError("GGUF holds byte-level BPE only, and this tokenizer is another; export as onnx or hf")
+    if not bytes_:
+        raise UserError("GGUF holds byte-level BPE only, and this tokenizer is another; export as onnx or hf")
     if file["normalizer"] is not None: note("llama.cpp does not normalize text: ids of unusual spellings may differ")
     cut, known = _plain(file["pre_tokenizer"]), {name: _as_json(make()) for name, make in _cuts.items()}
     if cut == _as_json(_chunks(PATTERN)): return "qwen35"
@@ -217,7 +222,8 @@ def check_new(
     if os.path.lexists(path): raise UserError(f"{path} exists and is left as it is; name another with --out")
     there = next(p for p in path.absolute().parents if os.path.lexists(p))
     if not there.is_dir(): raise UserError(f"{path} cannot be written: {there} is no folder")
-    if not os.access(there, os.W_OK | os.X_OK): raise UserError(f"{path} cannot be written: {there} permits no new file")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"{path} cannot be written: {there} permits no new file")
     return path
 
 @contextmanager
@@ -264,7 +270,8 @@ def write_gguf(
             w.add_tensor(name, gguf.quants.quantize(W.numpy(), kind), raw_dtype=kind)
         for write in (w.write_header_to_file, w.write_kv_data_to_file, w.write_tensors_to_file, w.close):
             write()
-    for said in losses: note(said)
+    for said in losses:
+        note(said)
     return Path(path)
 
 # %% ../../nbs/5_deployment/02_export.ipynb #c674a023
@@ -301,26 +308,28 @@ class LlamaCpp:
         "The ids of a text, in which no mark is read as one."
         return self.ask("/tokenize", content=text, add_special=False, parse_special=False)["tokens"]
 
-    def follow(self,
-        ids: list,   # a context
-        n: int,      # new tokens at most
-        rows: int,   # V
-    ) -> tuple:      # (log-probabilities (V,) behind the context, new tokens, whether it ended by itself)
-        "What comes behind a context."
-        how = dict(prompt=ids, temperature=0, top_k=1, samplers=["top_k"], cache_prompt=False, return_tokens=True)
-        letter = [[self.ids("a")[-1], 1e4]]      # half a character would be held back, and the numbers with it
-        first = self.ask("/completion", n_predict=1, n_probs=rows, logit_bias=letter, **how)["completion_probabilities"][0]
-        logp = torch.full((rows,), -torch.inf)
-        for entry in first["top_logprobs"]:
-            logp[entry["id"]] = entry["logprob"]
-        went = self.ask("/completion", n_predict=n, **how)
-        return logp, went["tokens"], went["stop_type"] == "eos"
-
     def chat(self,
         messages: list,   # as for `Tokenizer.chat_text`
     ) -> str:
         "A conversation as the template in the file writes it."
         return self.ask("/apply-template", messages=messages)["prompt"]
+
+# %% ../../nbs/5_deployment/02_export.ipynb #0c6abbcd
+@patch
+def follow(self: LlamaCpp,
+    ids: list,   # a context
+    n: int,      # new tokens at most
+    rows: int,   # V
+) -> tuple:      # (log-probabilities (V,) behind the context, new tokens, whether it ended by itself)
+    "What comes behind a context."
+    how = dict(prompt=ids, temperature=0, top_k=1, samplers=["top_k"], cache_prompt=False, return_tokens=True)
+    letter = [[self.ids("a")[-1], 1e4]]      # half a character would be held back, and the numbers with it
+    first = self.ask("/completion", n_predict=1, n_probs=rows, logit_bias=letter, **how)
+    logp = torch.full((rows,), -torch.inf)
+    for entry in first["completion_probabilities"][0]["top_logprobs"]:
+        logp[entry["id"]] = entry["logprob"]
+    went = self.ask("/completion", n_predict=n, **how)
+    return logp, went["tokens"], went["stop_type"] == "eos"
 
 # %% ../../nbs/5_deployment/02_export.ipynb #dd63210c
 def _entering(x, kind):
@@ -358,9 +367,10 @@ def _texts(
 ) -> list:        # of str
     "Random texts of the tokenizer's own pieces and of characters from many scripts."
     rng = random.Random(seed)
-    plain = [p for i, p in enumerate(tok.pieces(range(len(tok)))) if i not in tok.specials.values() and "\ufffd" not in p]
-    marks = ["'ll", "'S", "n't", "  ", "\n", " \n\n", "\t", "\r\n", "1234", "3.5", " +-*/", "…", "éà", "ß", "नमस्ते", "中文字", "日本語",
-             "привет", "שלום", "😀", "👩\u200d🚀", "e\u0301", "…!?", "<|", "|>", "_", "\u00a0"]
+    named = {i: p for i, p in enumerate(tok.pieces(range(len(tok)))) if i not in tok.specials.values()}
+    plain = [p for p in named.values() if "\ufffd" not in p]
+    marks = ["'ll", "'S", "n't", "  ", "\n", " \n\n", "\t", "\r\n", "1234", "3.5", " +-*/", "…", "éà", "ß", "नमस्ते",
+             "中文字", "日本語", "привет", "שלום", "😀", "👩\u200d🚀", "e\u0301", "…!?", "<|", "|>", "_", "\u00a0"]
     return ["".join(rng.choice(plain if rng.random() < 0.6 else marks) for _ in range(rng.randint(1, 40)))
             for _ in range(n)]
 
@@ -402,8 +412,9 @@ def _compare_context(reader, net, context, steps, kind):
     if ended is not None and (set(new[:-1]) & net.ends or ended and new[-1] not in net.ends): gaps.append(math.inf)
     return far if math.isfinite(far) else math.inf, (rough - ours)[seen].abs().max().item(), gaps
 
-# %% ../../nbs/5_deployment/02_export.ipynb #00cd7b85
-SAMPLE_CHAT = [dict(role="user", content="Hello!"), dict(role="assistant", content="Hi."), dict(role="user", content="A  b\n")]
+# %% ../../nbs/5_deployment/02_export.ipynb #a039ef51
+SAMPLE_CHAT = [dict(role=role, content=text) for role, text in
+               (("user", "Hello!"), ("assistant", "Hi."), ("user", "A  b\n"))]
 
 def _compare_chat(reader, tok):
     "[what differs] of a conversation as the template writes it; None where there is nothing to compare."
@@ -412,6 +423,7 @@ def _compare_chat(reader, tok):
     bos = tok.named.get("bos_token") or ""
     return [] if theirs in (ours, ours.removeprefix(bos)) else [f"the chat template writes {theirs!r}, ours {ours!r}"]
 
+# %% ../../nbs/5_deployment/02_export.ipynb #00cd7b85
 def passport(
     reader,                # LlamaCpp, OnnxRuntime or InTransformers, with the file open
     model,                 # Transformer that was exported
@@ -440,6 +452,7 @@ def passport(
                 near_ties=sum(0 < g <= 2 * allowed for g in gaps), chat_template=None if chat is None else not chat,
                 differs=differs + (chat or []), passed=not differs and not chat)
 
+# %% ../../nbs/5_deployment/02_export.ipynb #a7d5ca76
 def passport_line(
     p: dict,   # from `passport`
 ) -> str:
