@@ -30,7 +30,8 @@ NEAREST = {
 "assistant.reinforce": ["test_reinforce.py"],
     "assistant.chat": ["test_options.py", "test_talk.py", "test_cli.py"], "assistant.cell": ["test_chat_browser.py"],
     "deployment": ["test_options.py", "test_files.py", "test_cli.py"], "deployment.quickstart": ["test_options.py"],
-    "deployment.serve": ["test_serve.py", "test_page.py"], "deployment.quantize": ["test_quantize.py"]}
+    "deployment.serve": ["test_serve.py", "test_page.py"], "deployment.quantize": ["test_quantize.py"],
+    "deployment.export": ["test_export.py"], "transformer.graph": ["test_export.py"]}
 LIMIT = 900      # seconds that a notebook or its tests may take; a mutant that runs on is noticed
 
 

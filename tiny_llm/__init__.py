@@ -16,6 +16,7 @@ _home = {name: module for module, names in {
     "transformer.huggingface":  "family from_hf to_hf",
     "transformer.gguf":         "from_gguf from_llama2c",
     "transformer.packed":       "PackedLinear PackedTransformer packed_gguf",
+    "transformer.graph":        "Graph OnnxSession onnx_graph",
     "transformer.adapters":     "add_adapter delete_adapter list_adapters load_adapter merge_adapter save_adapter set_adapter",
     "text.stories":             "Story floor_shares stories",
     "text.judge":               "parse surprisals",
@@ -58,6 +59,7 @@ _home = {name: module for module, names in {
     "assistant.engine":         "Engine",
     "deployment.quantize":      "kept_bytes quantize",
     "deployment.serve":         "make_app serve",
+    "deployment.export":        "export passport push write_gguf write_hub_folder write_onnx",
 }.items() for name in names.split()}
 __all__ = sorted(_home)
 

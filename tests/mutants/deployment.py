@@ -77,4 +77,14 @@ MUTANTS = [
     ("deployment.quantize", "if i % group == 0: steps", "if i == 0 or i % (2 * group) == 0: steps", "two groups share a step"),
     ("deployment.quantize", "own = bits if name.startswith(\"blocks.\") else head", "own = bits", "the head has the bits of the blocks"),
     ("deployment.quantize", "bias = None if bias is None else bias.detach()", "bias = None", "biases are lost"),
+    # 5.02 export
+    ("deployment.export", "return half_to_interleaved(W.unflatten(0, (-1, cfg.head_dim)), 1).flatten(0, 1)", "return W", "a Llama's heads keep our order"),
+    ("deployment.export", "and W.shape[-1] % 32 else kind", "and W.shape[-1] % 16 else kind", "rows that do not divide into blocks are cut into blocks"),
+    ("deployment.export", "w.add_add_bos_token(_puts_bos(tok))", "w.add_add_bos_token(False)", "the first token is not put before a text"),
+    ("deployment.export", "(w.add_eot_token_id, tok.end)", "(w.add_eot_token_id, tok.eos)", "a turn ends where a text does"),
+    ("deployment.export", "if tok.template: w.add_chat_template(tok.template)", "pass", "the chat template stays at home"),
+    ("deployment.export", "if far > allowed: differs", "if False: differs", "any distance passes"),
+    ("deployment.export", "passed=not differs and not chat", "passed=not differs", "another chat template passes"),
+    ("deployment.export", "if repo and said[\"passed\"]", "if repo", "what failed is pushed"),
+    ("deployment.export", "if os.path.lexists(path): raise", "if False: raise", "a file is overwritten"),
 ]

@@ -97,4 +97,9 @@ MUTANTS = [
     ("transformer.packed", "if not kinds <= {*_SIZES} or kind not in", "if not kinds & {*_SIZES} or kind not in", "a file of mixed kinds is kept"),
     ("transformer.packed", "and cache.pad is None and doc is None", "and doc is None", "padded rows go the compiled way"),
     ("transformer.packed", "if mode: raise UserError(f\"a model kept in", "if False: raise UserError(f\"a model kept in", "a packed model is trained"),
+    # 1.12 graph
+    ("transformer.graph", "g(\"Less\", g(\"Sub\", at, keys)", "g(\"LessOrEqual\", g(\"Sub\", at, keys)", "the window is one token wider"),
+    ("transformer.graph", "if b.parallel else y, 2)", "if False else y, 2)", "parallel halves stand one behind the other"),
+    ("transformer.graph", "return g(\"And\", may, g(\"Unsqueeze\", g(\"Cast\", \"attention_mask\", to=_BOOL), g.ints(1, 2)))", "return may", "padding is looked at"),
+    ("transformer.graph", "y if layer.bias is None else g(\"Add\", y, g.hold(f\"{name}.bias\", layer.bias))", "y", "biases are lost"),
 ]

@@ -6,7 +6,7 @@
 __all__ = ['TEXTS', 'commands', 'SHARED', 'make_parser', 'as_typed', 'parse_options', 'command', 'tell', 'overview', 'dispatch',
            'main', 'try_line', 'colourful', 'line_reader', 'quickstart', 'check_out', 'data', 'read_text', 'train',
            'plan', 'tune', 'sampling_options', 'generate', 'chat', 'serve', 'finetune', 'align', 'goal_rows',
-           'pipeline', 'eval_', 'plot', 'machine_rows', 'info']
+           'pipeline', 'eval_', 'export', 'plot', 'machine_rows', 'info']
 
 # %% ../../nbs/5_deployment/05_cli.ipynb #4a764f48
 import gc, io, json, os, re, signal, sys, time, warnings
@@ -606,6 +606,29 @@ def eval_(
         write_file(file, json.dumps(asked | found | dict(stories=told, replies=chats)) + "\n")
     print(table([("documents", f"{len(docs):,} of {data}, {split}" if docs else None), *loss_rows(found["text"]),
                  *benchmark_rows(found), *judged_rows(told, chats)]))
+
+# %% ../../nbs/5_deployment/05_cli.ipynb #055676b3
+@command
+def export(
+    model: str = None,          # model folder, run folder or GGUF file
+    format: str = "gguf",       # gguf (llama.cpp), onnx (browsers) or hf (the hub)
+    out: str = None,            # new file (gguf) or folder; left out: a name from the model's
+    weights: str = None,        # gguf: f32, f16, bf16, q8_0, q4_0; onnx: f32, int8; left out: f16, both, f32
+    push: str = None,           # owner/name on the Hugging Face hub, where it is sent when its passport has passed
+    license: str = None,        # for the model card, as the hub calls it: apache-2.0, mit, ...; left out: the folder's
+    language: str = None,       # for the model card: en, de, ...; left out: the folder's
+    no_passport: bool = False,  # let no other program open and compare it
+):
+    "Write a model as GGUF, as ONNX or for the hub, and let another program say whether it is the same."
+    if not model: raise UserError("say which model: --model FOLDER")
+    from tiny_llm.deployment.export import export as write, passport_file, passport_line
+    about = {name: value for name, value in (("license", license), ("language", language)) if value}
+    said = write(model, out, format, weights, push, about, not no_passport)
+    rows = [("file" if format == "gguf" else "folder", said["path"])]
+    rows += [("", passport_line(p)) for p in said["passports"]]
+    if said["passports"]: rows.append(("passport", passport_file(said["path"])))
+    print(table(rows + ([("sent to", said["address"])] if said["address"] else [])))
+    if not said["passed"]: raise SystemExit(tell("; ".join(d for p in said["passports"] for d in p["differs"]), 1))
 
 # %% ../../nbs/5_deployment/05_cli.ipynb #24d7ff05
 @command
