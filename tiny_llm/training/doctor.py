@@ -377,7 +377,7 @@ def doctor_callback(
     "At the end of a run, say what is wrong with it and write it into its summary."
     if event != "end" or training.goal is not None: return      # it knows the loss of the next token alone
     summary = training.summary_of_end
-    summary["unigram"] = unigram_nats(training.text)
+    summary["unigram"] = unigram_nats(training.batches.tokens)
     found = doctor(Run(training.folder, training.model, training.tok, training.metrics, summary, training.config,
                        record(training, None)))
     summary["findings"] = [asdict(f) for f in found]
