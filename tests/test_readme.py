@@ -41,8 +41,10 @@ def smaller(words):
     if words == ["pytest"]: return [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_house.py", "-k", "light or settings or resolve"]
     if words == ["jupyter", "lab", "nbs"] and (ROOT/"nbs").is_dir(): return [sys.executable, "-m", "jupyter", "lab", "--version"]
     if words[0] != "tiny_llm" or len(words) < 2: return None
+    if words[1] == "serve": return ["timeout", "--preserve-status", "--signal", "TERM", "25", BIN/"tiny_llm", *words[1:], "--port", "0", "--device", "cpu"]    # until it is stopped
     more = {"quickstart": ["--minutes", "0.1", *TINY.split()], "chat": ["--max_tokens", "5", "--device", "cpu"], "plot": [], "info": [], "data": [], "pipeline": ["--device", "cpu"], "plan": ["--ctx", "64", "--batch", "2", "--device", "cpu"],
             "generate": ["--max_tokens", "5", "--device", "cpu"], "eval": ["--device", "cpu"], "finetune": [*SMALL[2:], "--steps", "3"],
+            "align": [*SMALL[2:], "--steps", "2", *([] if "dpo" in words else ["--max_tokens", "8", "--group", "2"])], "export": [],
             "tune": [*TRAIN, "--trials", "1", "--trial_steps", "5"],
             "train": [*TRAIN, *(["--minutes", "0.03"] if "--minutes" in words else ["--steps", "10"])]}.get(words[1])
     return None if more is None else [BIN/"tiny_llm", *words[1:], *more]
@@ -69,6 +71,7 @@ def desk(tmp_path_factory):
     (d/"data").mkdir()
     shutil.copy(d/"my.txt", d/"data"/"tinystories.txt")
     (d/"chats.jsonl").write_text("".join(fences("json")) * 10)
+    (d/"pairs.jsonl").write_text("".join(json.dumps(dict(prompt=f"Hello {n}", chosen="Good day.", rejected="Go away.")) + "\n" for n in range(20)))
     return d
 
 
@@ -106,7 +109,7 @@ def test_command(words, desk, clone):
                        env=environment(TINY_LLM_DATA=str(desk/"data")))
     assert p.returncode == 0, p.stdout[-4000:] + p.stderr[-4000:]
     if words[0] == "tiny_llm" and "--out" in words:
-        made = {"tune": "best.yaml", "pipeline": "model/model.safetensors"}.get(words[1], "best/model.safetensors")
+        made = {"tune": "best.yaml", "pipeline": "model/model.safetensors", "export": "."}.get(words[1], "best/model.safetensors")
         assert (desk/words[words.index("--out")+1]/made).is_file()
 
 

@@ -207,7 +207,7 @@ MUTANTS = [
     ("training.doctor", "dead = [i for i, x in enumerate(f.layers) if x <= 1e-3 * others[i]]", "dead = []", "a dead layer is not seen"),
     ("training.doctor", "wild = [i for i, x in enumerate(f.layers) if not x <= 100 * others[i] and others[i] > 1e-3]", "wild = []", "an exploding layer is not seen"),
     ("training.doctor", "if not x <= 100 * others[i] and others[i] > 1e-3]", "if not x <= 100 * others[i]]", "beside a dead block the others explode"),
-    ("training.doctor", "if event != \"end\": return", "if event == \"end\": return", "the callback speaks at the wrong time"),
+    ("training.doctor", "if event != \"end\" or", "if event == \"end\" or", "the callback speaks at the wrong time"),
     ("training.doctor", "summary[\"findings\"] = [asdict(f) for f in found]", "pass", "the callback leaves nothing behind"),
     ("training.run", "off = nats - total / max(count, 1e-12) * counts", "off = nats - nats.mean()", "a long document is an error"),
     ("training.run", "ENDS = (\"finished\", \"patience\")", "ENDS = (\"finished\",)", "an early stop is no end"),

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FAULTS', 'PAIRS', 'AXES', 'METHODS', 'LESS', 'planted', 'story_pairs', 'as_pair', 'read_pairs', 'reply_ids',
-           'PairBatch', 'pack_pairs', 'reply_log_probs', 'log_probs_of', 'share_right', 'Reward', 'fit_reward',
-           'reward_scores', 'preference_loss', 'fingerprint', 'reference_log_probs', 'PairBatches', 'PairGoal',
+           'PairBatch', 'pack_pairs', 'reply_log_probs', 'log_probs_of', 'share_right', 'Reward', 'PairBatches',
+           'fit_reward', 'reward_scores', 'preference_loss', 'fingerprint', 'reference_log_probs', 'PairGoal',
            'hold_out_pairs', 'prefer']
 
 # %% ../../nbs/4_assistant/04_preference.ipynb #89cb61ed
@@ -354,6 +354,31 @@ def _fit_head(reward, replies, ctx, penalty):
     opt.step(closure)
     reward.head = (w / scale).detach().float()
 
+# %% ../../nbs/4_assistant/04_preference.ipynb #81748033
+class PairBatches:
+    "`batches[k]` holds the pairs of micro-batch k; each epoch has its own order."
+    def __init__(self,
+        replies: list,   # as in `pack_pairs`
+        ref,             # (pairs, 2) log-probabilities under the reference
+        ctx: int,        # T, predictions per row
+        batch: int,      # pairs at once
+        seed: int = 0,   # of the orders
+    ):
+        self.replies, self.ref, self.ctx, self.seed = replies, ref, ctx, seed
+        self.n = len(replies) // 2
+        self.batch = min(batch, self.n)
+
+    def order(self, epoch): return np.random.default_rng((self.seed, epoch)).permutation(self.n)
+
+    def pack(self, which):
+        "The batch of the pairs with these numbers."
+        both = [self.replies[2 * i + k] for i in which for k in (0, 1)]
+        return pack_pairs(both, self.ctx, self.ref[torch.as_tensor(which)])
+
+    def __getitem__(self, k):
+        epoch, i = divmod(np.arange(k * self.batch, (k + 1) * self.batch), self.n)
+        return self.pack([int(self.order(e)[j]) for e, j in zip(epoch.tolist(), i)])
+
 # %% ../../nbs/4_assistant/04_preference.ipynb #c5d78562
 def fit_reward(
     model,                   # Transformer; with an adapter that is on, only this learns
@@ -465,31 +490,6 @@ def reference_log_probs(
         found = log_probs_of(model, replies, ctx)
         if file: _write_reference(file, key, found)
     return found
-
-# %% ../../nbs/4_assistant/04_preference.ipynb #c8daf677
-class PairBatches:
-    "`batches[k]` holds the pairs of micro-batch k; each epoch has its own order."
-    def __init__(self,
-        replies: list,   # as in `pack_pairs`
-        ref,             # (pairs, 2) log-probabilities under the reference
-        ctx: int,        # T, predictions per row
-        batch: int,      # pairs at once
-        seed: int = 0,   # of the orders
-    ):
-        self.replies, self.ref, self.ctx, self.seed = replies, ref, ctx, seed
-        self.n = len(replies) // 2
-        self.batch = min(batch, self.n)
-
-    def order(self, epoch): return np.random.default_rng((self.seed, epoch)).permutation(self.n)
-
-    def pack(self, which):
-        "The batch of the pairs with these numbers."
-        both = [self.replies[2 * i + k] for i in which for k in (0, 1)]
-        return pack_pairs(both, self.ctx, self.ref[torch.as_tensor(which)])
-
-    def __getitem__(self, k):
-        epoch, i = divmod(np.arange(k * self.batch, (k + 1) * self.batch), self.n)
-        return self.pack([int(self.order(e)[j]) for e, j in zip(epoch.tolist(), i)])
 
 # %% ../../nbs/4_assistant/04_preference.ipynb #898498a8
 class PairGoal:

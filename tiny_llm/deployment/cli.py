@@ -22,7 +22,7 @@ from fastcore.script import Param
 from ..basics import UserError, alive, did_you_mean, note, owned, pick_device, single_process, write_file
 from ..training.config import (FREE, LORA, TrainConfig, changed, check_number, config_of, requested, resumed,
                                       settings_of, takes_settings)
-from .quickstart import QUICK, judged_rows, loss_rows, open_model, table, train_rows
+from .quickstart import QUICK, clock, judged_rows, loss_rows, open_model, table, train_rows
 
 # %% ../../nbs/5_deployment/05_cli.ipynb #0bc6496c
 def _word(f): return f.__name__.rstrip("_")      # `eval_` is the command eval
