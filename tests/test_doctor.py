@@ -198,7 +198,7 @@ def test_the_callback_leaves_its_findings_in_the_summary(capsys):
     run = small(batches=targets(mixed))
     class Ended:
         folder, fingerprint, model, tok, metrics, config, quiet, summary_of_end = None, None, run.model, run.tok, run.metrics, run.config, False, dict(run.summary)
-        batches = type("Rows", (), dict(tokens=TOKENS))
+        batches, text, goal = type("Rows", (), dict(tokens=TOKENS)), TOKENS, None
         val, floor, group = None, None, ALONE
     for event in ("begin", "log", "evaluate"): doctor_callback(event, Ended())
     assert "findings" not in Ended.summary_of_end

@@ -245,7 +245,7 @@ def both(watch):
     watch("text.stories", stories=lambda n, seed, split: [f"a story, {split}"] * n)
     watch("text.dialogues", conversations=lambda n, seed, split: [[f"a talk, {split}"]] * n)
     watch("text.tokenizer", tokenizer_for=Words([0] * 300))
-    watch("deployment.quickstart", open_model=lambda path, device: (f"model of {path}", Words([0] * 300)))
+    watch("deployment.quickstart", open_model=lambda path, device, kind=None: (f"model of {path}", Words([0] * 300)))
     watch("training.run", Run=lambda folder, **given: run(folder))
     watch("assistant.finetune", finetune=run())
     return watch("training.train", train=run())

@@ -190,6 +190,7 @@ def _add_tokenizer(w, tok, rows):
     names = {i: t for t, i in tok.vocab.items()}
     kinds = {t["id"]: 3 if t["special"] else 4 for t in tok.added.values()}
     merges = json.loads(tok.json_text)["model"]["merges"]
+    if not merges: raise UserError("this tokenizer knows bytes alone; llama.cpp opens no vocabulary without merges")
     w.add_tokenizer_model("gpt2")
     w.add_tokenizer_pre(cut_name(tok))
     w.add_token_list([names.get(i, f"[PAD{i}]") for i in range(rows)])
