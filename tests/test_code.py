@@ -78,6 +78,7 @@ def test_attack(name, wall, kinds, text, outside):
     assert run_program(DOUBLE, [("double(4)", 8)], means=BEST).ok
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("means", [m for m in HERE if m != BEST])
 def test_attacks_by_lesser_means(means, outside):
     "The same for what other machines have: all attacks that it stops, and the notice names the others."

@@ -303,6 +303,7 @@ prefer(small(), TOK, PAIRS, out={out!r}, resume={resume}, save_every=2, **({{**Q
 """
 
 
+@pytest.mark.slow
 def test_killed_five_times_it_ends_with_the_same_weights(tmp_path):
     "Each session is a process of its own, killed by SIGKILL when so many more lines are there as a draw says."
     whole, out, rng = learn(steps=60, save_every=2, out=tmp_path / "whole"), tmp_path / "killed", random.Random(0)

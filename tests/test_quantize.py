@@ -136,7 +136,7 @@ def test_a_model_equals_its_dequantized_twin(kind, rounding):
     torch.testing.assert_close(by_steps(q, ids[:1]), twin(ids[:1]).detach(), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["own", "gpt1", "neox", "qwen2", "dynamic", "odd"])
+@pytest.mark.parametrize("kind", ["own", "odd", *(pytest.param(k, marks=pytest.mark.slow) for k in ("gpt1", "neox", "qwen2", "dynamic"))])
 def test_compiled_steps_equal_the_plain_way(kind):
     ids, net = text(30), tl.quantize(small(kind), "int4" if kind in ("own", "odd") else "int8", fast=True)
     with torch.no_grad(): want = net(ids)

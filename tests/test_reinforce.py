@@ -351,6 +351,7 @@ def test_what_a_person_gets_wrong_is_one_line(room, change, says):
     assert not (room / "run").exists() and "Traceback" not in err
 
 
+@pytest.mark.slow
 def test_killed_five_times_it_ends_alike(room):
     "At random moments, in processes of their own; then the weights and the lines of a run that nobody disturbed."
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
