@@ -21,14 +21,13 @@ from fastcore.meta import delegates
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as tensors_to
 
-from .finetune import ASKS, as_messages
+from .finetune import ASKS, as_messages, rows_to_learn, settings_and_past
 from .generate import wilson
 from ..basics import UserError, alive, note, pick_device, write_file
 from ..text.batches import pack, tokenize
 from ..text.judge import GROUPS, parse
 from ..text.sources import read_rows
 from ..text.stories import WORDS, stories
-from ..training.config import TrainConfig, config_of, read_config, split_record
 from ..training.folder import load
 from ..training.run import BEST_LR, past_run
 from ..training.train import train
@@ -159,15 +158,8 @@ def read_pairs(
         return story_pairs(limit or (PAIRS if split == "train" else PAIRS // 20), seed, split)
     rows = read_rows(source, split)
     if rows is None: return None
-    found, left_out = [], []
-    for where, n, row in rows:
-        pair = as_pair(row, place := f"row {n} of {where}")
-        if flaw := _flaw(pair): left_out.append(f"{place} has {flaw}")
-        else: found.append(pair)
-        if len(found) == limit: break
-    if left_out and not found: raise UserError(f"there is no pair to learn from: {left_out[0]}")
+    found = rows_to_learn(rows, as_pair, _flaw, limit, "pair")
     if not found: raise UserError(f"{source if isinstance(source, (str, Path)) else 'the source'} holds no pair")
-    if left_out: note(f"{len(left_out):,} pairs with nothing to learn were left out; {left_out[0]}")
     return found
 
 # %% ../../nbs/4_assistant/04_preference.ipynb #f85aede4
@@ -591,14 +583,6 @@ def _reference(model, replies, ctx, file, past):
 # %% ../../nbs/4_assistant/04_preference.ipynb #b1315074
 LESS = 0.05    # of the learning rate of a first training
 
-def _asked(config, kwargs, model):
-    "(TrainConfig or None, settings, record of the run that goes on or None)"
-    config = config_of(config, kwargs.get("repeat"))
-    if isinstance(config, (str, Path)): config = split_record(read_config(config), config)[0]
-    past = past_run(Path(kwargs["out"]).expanduser(), True) if kwargs.get("resume") and kwargs.get("out") else None
-    settings = past[0] if past else config or TrainConfig()
-    return config, settings, past
-
 def _check(method, beta, label_smoothing):
     if method not in METHODS: raise UserError(f"method is {method!r}; choose one of {', '.join(METHODS)}")
     number = isinstance(beta, (int, float)) and not isinstance(beta, bool)
@@ -624,7 +608,7 @@ def prefer(
 ):                           # Run
     "Teach a model what people prefer, by pairs of replies."
     _check(method, beta, label_smoothing)
-    config, settings, past = _asked(config, kwargs, model)
+    config, settings, past = settings_and_past(config, kwargs)
     seed = settings.seed if past or kwargs.get("seed") is None else kwargs["seed"]
     room, limit = ctx or settings.ctx or model.cfg.ctx, kwargs.get("limit") or settings.limit
     replies, held = _both_parts(pairs, tok, room, val, limit, seed, kwargs.get("quiet"))

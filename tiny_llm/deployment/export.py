@@ -504,6 +504,15 @@ def _head_of_card(folder, **fields):
     write_file(Path(folder) / "README.md", f"---\n{text}---\n\n{body}")
 
 # %% ../../nbs/5_deployment/02_export.ipynb #508e87ca
+def _follow(step, ids, n):
+    "What `follow` returns, by `step(new ids, past) -> (logits (V,), past)`: the likeliest token, again and again."
+    logits, past = step(ids, None)
+    logp, new = logits.log_softmax(-1), [int(logits.argmax())]
+    while len(new) < n:
+        logits, past = step(new[-1:], past)
+        new.append(int(logits.argmax()))
+    return logp, new, None
+
 class OnnxRuntime(OnnxSession):
     "onnxruntime, and the tokenizer of a folder."
     table = False
@@ -530,12 +539,10 @@ class OnnxRuntime(OnnxSession):
         rows: int,   # V
     ) -> tuple:      # (log-probabilities (V,) behind the context, new tokens, None: it does not stop)
         "What comes behind a context, one token at a time."
-        logits, past = self.run(np.array([ids]))
-        logp, new = torch.from_numpy(logits[0, -1]).log_softmax(-1), [int(logits[0, -1].argmax())]
-        while len(new) < n:
-            logits, past = self.run(np.array([new[-1:]]), past)
-            new.append(int(logits[0, -1].argmax()))
-        return logp, new, None
+        def step(new, past):
+            logits, past = self.run(np.array([new]), past)
+            return torch.from_numpy(logits[0, -1]), past
+        return _follow(step, ids, n)
 
 # %% ../../nbs/5_deployment/02_export.ipynb #5a9d24a7
 def _figures(source):
@@ -602,12 +609,10 @@ class InTransformers:
         rows: int,   # V
     ) -> tuple:      # (log-probabilities (V,) behind the context, new tokens, None: it does not stop)
         "What comes behind a context, one token at a time."
-        out = self.model(torch.tensor([ids]), use_cache=True)
-        logp, new = out.logits[0, -1].log_softmax(-1), [int(out.logits[0, -1].argmax())]
-        while len(new) < n:
-            out = self.model(torch.tensor([new[-1:]]), past_key_values=out.past_key_values, use_cache=True)
-            new.append(int(out.logits[0, -1].argmax()))
-        return logp, new, None
+        def step(new, past):
+            out = self.model(torch.tensor([new]), past_key_values=past, use_cache=True)
+            return out.logits[0, -1], out.past_key_values
+        return _follow(step, ids, n)
 
     def chat(self,
         messages: list,   # as for `Tokenizer.chat_text`
