@@ -174,25 +174,6 @@ def test_stories_reward():
     assert R.stories_reward(hello, right[0]) == 1 and R.stories_reward(hello, "Go away.") == 0
 
 
-def test_tasks_are_judged_by_what_is_not_shown():
-    tasks = R.code_tasks(60, seed=1)
-    assert len({t.kind.split()[0] for t in tasks}) == 3
-    assert not set(R.task_kinds("train")) & set(R.task_kinds("unseen"))
-    assert {t.kind for t in R.code_tasks(300, 0, "unseen")} <= set(R.task_kinds("unseen"))
-    reward = R.CodeReward()
-    prompts = [t.prompt for t in tasks]
-    assert all(reward.many(prompts, [t.solution for t in tasks]))
-    learnt = ["".join(f"    if x == {call[2:-1]}: return {value!r}\n" for call, value in t.shown) for t in tasks]
-    assert not any(reward.many(prompts, learnt)) and all(R.CodeReward(only_shown=True).many(prompts, learnt))
-    for t in tasks: assert not {c for c, _ in reward.cases(t.prompt)} & {c for c, _ in t.shown} and len(reward.cases(t.prompt)) >= 5
-    bad = ["    return 1 +\n", "    while True: pass\n", "    raise SystemExit\n", "    import os; os._exit(0)\n", "", "    return x\nf = None\n"]
-    assert reward.many(prompts[:len(bad)], bad) == [0] * len(bad)
-
-
-def test_no_task_of_the_training_is_in_the_others():
-    assert not {t.prompt for t in R.code_tasks(500, 0)} & {t.prompt for t in R.code_tasks(300, 0, "val")}
-
-
 @pytest.mark.parametrize("reward, says", [
     (lambda p, y: 1 / 0, "failed (ZeroDivisionError: division by zero) for the reply"), (lambda p, y: math.nan, "is nan for the reply"),
     (lambda p, y: math.inf, "is inf"), (lambda p, y: None, "failed (TypeError"), (lambda p, y: "good", "failed (ValueError"),

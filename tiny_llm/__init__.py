@@ -47,6 +47,7 @@ _home = {name: module for module, names in {
     "training.benchmarks":      "benchmark blimp lambada paired text_loss",
     "training.xray":            "xray",
     "training.code_suite":      "code_benchmark code_suite compare_suites pass_at_k text_overlap",
+    "training.code_tasks":      "CodeReward code_tasks",
     "assistant.generate":       "generate generate_batch grade_stories stream",
     "assistant.finetune":       "finetune grade_chat",
     "assistant.lora":           "use_adapter",

@@ -73,9 +73,7 @@ MUTANTS = [
     ("assistant.reinforce", "if not i % self.steps or self.now is None: return None", "return None", "a round that is not over is drawn anew at a resume"),
     ("assistant.reinforce", "if not math.isfinite(out[-1]):", "if False:", "a reward may be no number"),
     ("assistant.reinforce", "if not again: goal.try_reward(model, tok)", "pass", "a reward that fails leaves a folder"),
-    ("assistant.reinforce", "for c in (*task.shown, *task.hidden) if c[0] not in seen", "for c in task.shown", "programs are judged by two cases"),
     ("assistant.reinforce", "mask[row, len(p) - 1:len(ids) - 1] = 1", "mask[row, len(p):len(ids) - 1] = 1", "the first token of a reply is not learnt"),
-    ("assistant.reinforce", "return task.shown if self.only_shown else task.hidden", "return task.shown", "programs that print the examples are right"),
     # 4.06 chat
     ("assistant.chat", "ids = tok.prompt(system + turns[f:])", "ids = tok.prompt((system if f == 0 else []) + turns[f:])", "the system message is forgotten with the oldest turns"),
     ("assistant.chat", "if len(ids) + room <= ctx: return ids, f", "if len(ids) < ctx: return ids, f", "no room is kept for the reply"),

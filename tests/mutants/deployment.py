@@ -37,7 +37,7 @@ MUTANTS = [
     ("deployment.cli", "ChatSession(*open_model(model, device, kind), system=system, **kwargs)\n", "ChatSession(*open_model(model, device, kind), system=system)\n", "chat ignores its settings"),
     ("deployment.cli", "held = read_conversations(data, \"val\",", "held = read_conversations(data, \"train\",", "finetune holds out what it trains on"),
     ("deployment.cli", "val=held, out=out, device=device,\n                  resume=resume", "val=held, out=out, device=device,\n                  resume=False", "finetune drops --resume"),
-    ("deployment.cli", "return model or start or QUICK", "return start or QUICK", "finetune ignores --model"),
+    ("deployment.cli", "open_model(start or QUICK, device)", "open_model(QUICK, device)", "finetune ignores --model"),
     ("deployment.cli", "else documents(data, split, limit, seed, column)\n    found", "else documents(data, \"val\", limit, seed, column)\n    found", "eval ignores --split"),
     ("deployment.cli", "else documents(data, split, limit,", "else documents(data, split, None,", "eval ignores --limit"),
     ("deployment.cli", "limit, ctx=ctx, stride=stride,", "limit, stride=stride,", "eval ignores --ctx"),

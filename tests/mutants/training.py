@@ -311,4 +311,8 @@ MUTANTS = [
     ("training.code_suite", "*(row.get(\"challenge_test_list\") or ())]", "]", "MBPP's second list of tests is forgotten"),
     ("training.code_suite", "Program(p.head + cut(text, p.stops)", "Program(p.head + text", "no stop"),
     ("training.code_suite", "zip(xs[2:], values[2:])", "zip(xs[:2], values[:2])", "the cases stand in the prompt"),
+    # 3.19 code_tasks
+    ("training.code_tasks", "for c in (*task.shown, *task.hidden) if c[0] not in seen", "for c in task.shown", "programs are judged by two cases"),
+    ("training.code_tasks", "return task.shown if self.only_shown else task.hidden", "return task.shown", "programs that print the examples are right"),
+    ("training.code_tasks", "held == (split == \"val\")", "True", "tasks of the training are measured by"),
 ]

@@ -445,7 +445,7 @@ def finetune(
     pick_device(device)
     from tiny_llm.assistant.finetune import finetune as fit, read_conversations
     from tiny_llm.training.folder import fall_back
-    from tiny_llm.training.run import finished, past_run
+    from tiny_llm.training.run import began_with, finished, past_run
     from tiny_llm.training.watch import watchers
     config, told = config_of(config, kwargs.get("repeat")), watchers(track)
     asked, made = settings_of(config, kwargs, "finetune")
@@ -454,27 +454,17 @@ def finetune(
         past = past_run(out, resume)
         text = resumed(past[0], requested(asked, kwargs, config), out) if past else asked    # its own, read again
         if past: fall_back(out)
-        start = _start_of(past, model, out)
+        start = began_with(past, model, out)
+        if past and (out / "last").exists(): start = out / "last"       # as far as the run has come
         data, limit = text.data or "stories", text.limit
         chats = read_conversations(data, "train", limit, text.seed)
         held = read_conversations(data, "val", limit and max(1, limit // 20), text.seed)   # None: `fit` draws it
-        net, tok = open_model(start, device)
+        net, tok = open_model(start or QUICK, device)
         if held: note(f"{data}: {len(chats):,} conversations to learn from, {len(held):,} held out")
         run = fit(net, tok, chats, asked if past else changed(asked, data=data), val=held, out=out, device=device,
                   resume=resume, began=began, callbacks=told)
     print(table(train_rows(finished(run, "the same line with --resume"))))
     return run
-
-# %% ../../nbs/5_deployment/05_cli.ipynb #e3d8e6a2
-def _start_of(past, model, out):
-    "The folder of the model that a fine-tuning begins or goes on with."
-    from tiny_llm.training.folder import model_folder
-    start = past and past[1].get("began_with")
-    if start and model and os.path.realpath(model_folder(model)) != os.path.realpath(start):
-        raise UserError(f"model is {model}, but the run in {out} began with {start}; leave --model out, "
-                        "or choose another folder")
-    if past and (out / "last").exists(): return out / "last"
-    return model or start or QUICK
 
 # %% ../../nbs/5_deployment/05_cli.ipynb #3c51b5bb
 @command

@@ -6,9 +6,9 @@
 __all__ = ['BEST_LR', 'TOKENS_PER_BATCH', 'COMPILE_FROM', 'ALONE', 'ENDS', 'COMPILE_SECONDS', 'FEW', 'machine_file', 'kept',
            'product_seconds', 'fast_dtype', 'peak', 'most_memory', 'recompute', 'can_compile', 'compiled', 'shortened',
            'at_most', 'total_operations', 'resolved', 'Alone', 'Clock', 'shares_of', 'disk_error', 'disk_errors',
-           'plot_run', 'png_of', 'read_metrics', 'Run', 'finished', 'past_run', 'stop_requests', 'evaluates', 'logs',
-           'waits', 'overfitting', 'notices', 'saves', 'shows', 'weights_by_kind', 'update_ratios', 'layer_entropies',
-           'standard_error', 'choose', 'outlook', 'review']
+           'plot_run', 'png_of', 'read_metrics', 'Run', 'finished', 'past_run', 'began_with', 'stop_requests',
+           'evaluates', 'logs', 'waits', 'overfitting', 'notices', 'saves', 'shows', 'weights_by_kind', 'update_ratios',
+           'layer_entropies', 'standard_error', 'choose', 'outlook', 'review']
 
 # %% ../../nbs/3_training/04_run.ipynb #a22f8cf4
 import contextlib, errno, io, json, math, os, platform, shutil, signal, sys, textwrap, time, warnings
@@ -24,7 +24,7 @@ from ..transformer.flash import attention_entropy
 from ..transformer.rope import apply_rope
 from ..transformer.sizes import flops_per_token
 from .config import TrainConfig, split_record
-from .folder import load, read_checkpoint, read_sealed, write_checkpoint
+from .folder import load, model_folder, read_checkpoint, read_sealed, write_checkpoint
 from .optim import table_weights
 
 # %% ../../nbs/3_training/04_run.ipynb #0c3edb51
@@ -460,6 +460,19 @@ def past_run(
     if config: raise UserError(f"{folder} already holds a run; go on with it (resume), or choose another folder")
     if taken(folder):
         raise UserError(f"{folder} already exists and is not empty; choose another folder")
+
+# %% ../../nbs/3_training/04_run.ipynb #bcc7d481
+def began_with(
+    past,       # what `past_run` gave
+    model,      # folder that is asked for, or None
+    out,        # the run's folder, for the message
+):              # folder, or None
+    "The model of which a run is made; UserError where the one that is asked for is another."
+    start = past and past[1].get("began_with")
+    if start and model and os.path.realpath(model_folder(model)) != os.path.realpath(start):
+        raise UserError(f"model is {model}, but the run in {out} began with {start}; leave model out, "
+                        "or choose another folder")
+    return model or start
 
 # %% ../../nbs/3_training/04_run.ipynb #a0990cf3
 @contextlib.contextmanager
