@@ -11,7 +11,7 @@ from run_notebook import directives
 
 modules = sorted(p for p in (ROOT / "tiny_llm").rglob("*.py") if p.stem[0] != "_")
 DEEP = """flash sizes huggingface gguf judge dialogues bpe playground cleaning large_corpora audit doctor tune scale improvements plan watch
-    real_text benchmarks pipeline adapters lora preference decoding xray cell reinforce code code_suite engine serve packed
+    real_text benchmarks pipeline adapters lora preference decoding xray cell reinforce code code_suite engine protocol serve packed
     quantize graph export""".split()   # nothing that follows needs them
 every = pytest.mark.parametrize("path", notebooks(), ids=page)
 each = pytest.mark.parametrize("path", exporting(), ids=page)
