@@ -73,6 +73,16 @@ def pytest_terminal_summary(terminalreporter, config):
                                 f"{count['tests']} by the tests near it, {count['nobody']} by nobody")
 
 
+@pytest.fixture
+def one_thread():
+    "PyTorch on one thread while a test runs. `pytestmark = pytest.mark.usefixtures(\"one_thread\")` makes it hold for a file."
+    import torch
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def root(): return ROOT
 

@@ -6,7 +6,6 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from test_resume import one_thread       # noqa: F401, the fixture holds here too
 from tiny_llm.assistant.finetune import finetune
 from tiny_llm.basics import UserError
 from tiny_llm.deployment import cli
@@ -19,6 +18,8 @@ from tiny_llm.training.doctor import Facts, doctor, doctor_callback, examine, la
 from tiny_llm.training.run import ALONE, Run
 from tiny_llm.training.train import loss_of, train
 from tiny_llm.transformer.model import Transformer, preset
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 DOCS = stories(400, seed=3)
 TOK = train_tokenizer([str(d) for d in DOCS[:200]], 400)

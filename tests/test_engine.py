@@ -1,5 +1,6 @@
 "Texts that are written together: each is what it would have been alone, and nobody's trouble is another's."
 import math, random, threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,15 +11,8 @@ from tiny_llm.assistant.generate import stream
 from tiny_llm.basics import UserError
 from tiny_llm.transformer.model import ModelConfig, Transformer, preset
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 MODEL, TOK = noise()
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def order(told, model=MODEL, prompt="", score=None, **settings):
@@ -121,6 +115,21 @@ def test_seats_queue_and_who_comes_when():
     assert most == 2 and [t[-1].reason for t in told[:5]] == ["length"] * 3 + ["interrupted", "length"]
     with pytest.raises(Busy): engine.submit(*(order([]) for _ in range(6)))
     assert not engine.waiting, "all or none"
+
+
+def test_pace_is_of_the_seat_and_not_of_the_queue(monkeypatch):
+    "Three texts for one seat, and a clock that goes on by a second with each step: none takes longer because it has waited."
+    import tiny_llm.assistant.engine as module
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    engine, told = Engine(MODEL, TOK, slots=1), [[] for _ in range(3)]
+    for k in range(3): engine.submit(order(told[k], seed=k, max_tokens=4))
+    for one in engine.waiting: one.asked = 0.0
+    while engine.step(): clock.now += 1
+    assert [t[-1].reason for t in told] == ["length"] * 3
+    pace = 1.0
+    for _ in told: pace += 0.1 * (3.0 - pace)        # four tokens, the first of them in the second in which it sat down
+    assert engine.pace == pytest.approx(pace)
 
 
 def test_long_prompts_are_read_between_steps():

@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from test_resume import go, one_thread, parts, weights       # noqa: F401, the fixture holds here too
+from test_resume import go, parts, weights
 from test_training import begun
 from tiny_llm.basics import UserError
 from tiny_llm.text.batches import Batches, tokenize
@@ -14,6 +14,8 @@ from tiny_llm.training.config import TrainConfig
 from tiny_llm.training.folder import load
 from tiny_llm.training.run import COMPILE_FROM, Run, overfitting, resolved, total_operations
 from tiny_llm.training.train import evaluate_loss, loss_of, train
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def gradient(t, monkeypatch):

@@ -7,12 +7,13 @@ import torch
 
 import tiny_llm as tl
 from house import ROOT, python
-from test_resume import one_thread       # noqa: F401, the fixture holds here too
 from tiny_llm.basics import UserError, read_json, write_file
 from tiny_llm.deployment.cli import parse_options, commands, try_line
 from tiny_llm.training.config import TrainConfig
 from tiny_llm.transformer.adapters import CONFIG, TENSORS, LoraLinear, base_hash, find_targets, linear_places
 from tiny_llm.transformer.huggingface import families, family, to_hf
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 LAYER = dict(norm="layer", norm_bias=True, qk_norm=False, norm_eps=1e-5)
 SHAPES = {"llama": dict(qk_norm=False, n_kv_heads=2), "qwen3": dict(n_kv_heads=2), "qwen2": dict(qk_norm=False, qkv_bias=True, n_kv_heads=2),

@@ -26,7 +26,7 @@ NEAREST = {
     "training.train": ["test_training.py", "test_resume.py", "test_owners.py", "test_stream.py", "test_preference.py"],
     "assistant": ["test_decoding.py", "test_options.py", "test_folders.py", "test_cli.py"], "assistant.decoding": ["test_decoding.py"], "assistant.finetune": ["test_options.py", "test_files.py", "test_cli.py"],
     "assistant.pipeline": ["test_pipeline.py"], "assistant.lora": ["test_lora.py"], "assistant.preference": ["test_preference.py"],
-"assistant.engine": ["test_engine.py"],
+"assistant.engine": ["test_engine.py"], "assistant.protocol": ["test_protocol.py", "test_serve.py"],
 "assistant.reinforce": ["test_reinforce.py"],
     "assistant.chat": ["test_options.py", "test_talk.py", "test_cli.py"], "assistant.cell": ["test_chat_browser.py"],
     "deployment": ["test_options.py", "test_files.py", "test_cli.py"], "deployment.quickstart": ["test_options.py"],

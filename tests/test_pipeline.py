@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from house import environment
-from test_resume import one_thread       # noqa: F401, the fixture holds here too
 from tiny_llm.assistant.pipeline import parse_changes, pipeline, plot_stages, read_stages, stage_rows, steps_of
 from tiny_llm.assistant.finetune import to_learn
 from tiny_llm.basics import UserError, owned
@@ -17,6 +16,8 @@ from tiny_llm.text.stories import stories
 from tiny_llm.text.tokenizer import train_tokenizer
 from tiny_llm.training.folder import load
 from tiny_llm.training.run import Run
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 PLAN = """
 preset: tiny

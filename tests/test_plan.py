@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from test_resume import one_thread       # noqa: F401, the fixture holds here too
 from tiny_llm.basics import UserError
 from tiny_llm.deployment import cli
 from tiny_llm.training.config import TrainConfig
@@ -13,6 +12,8 @@ from tiny_llm.training.plan import expected_loss, forecast, line_through, on_gpu
 from tiny_llm.training.run import Run
 from tiny_llm.training.scale import on_paper
 from tiny_llm.transformer.model import Transformer, preset
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_memory_on_paper_counts_each_part():

@@ -7,7 +7,6 @@ import torch
 
 import tiny_llm as tl
 from house import ROOT
-from test_resume import one_thread       # noqa: F401, the fixture holds here too
 from tiny_llm.assistant import reinforce as R
 from tiny_llm.basics import UserError
 from tiny_llm.deployment.cli import try_line
@@ -15,6 +14,8 @@ from tiny_llm.text.dialogues import SMALL_TALK, conversations
 from tiny_llm.training.folder import load, save
 from tiny_llm.training.run import Run, read_metrics
 from tiny_llm.transformer.model import ModelConfig, Transformer
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 HOW = dict(quiet=True, device="cpu", dtype="float32", threads=1, eval_every=10_000)
 TEXTS = R.small_stories()
@@ -232,7 +233,7 @@ def lines(folder): return [{k: v for k, v in r.items() if not k.endswith("_s") a
 
 
 @pytest.mark.parametrize("more", [dict(), dict(updates=3), dict(accumulate=2, batch=2), dict(lora=2), dict(kl="k3", by_std=True, by_length=True)], ids=str)
-def test_resumed_anywhere_it_ends_alike(words, tmp_path, more, one_thread):       # noqa: F811
+def test_resumed_anywhere_it_ends_alike(words, tmp_path, more):
     prompts = ["a fox", "the cat", [dict(role="user", content="Hello")]]
     base = save(small(words), words, tmp_path / "base")
     def begin(out, **how): return R.reinforce(load(base, "cpu")[0], words, prompts, count_a, out=tmp_path / out, **settings(**more), **how)

@@ -14,6 +14,7 @@ from tiny_llm.text.stories import stories
 from tiny_llm.text.tokenizer import train_tokenizer
 from tiny_llm.training.train import train
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -31,14 +32,6 @@ def go(out=None, seed=0, **kw):
 
 
 def weights(run): return [p.detach().clone() for p in run.model.parameters()]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("dtype, optimizer", [("float32", "adamw"), ("bfloat16", "adamw"), ("float32", "muon")])

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from house import ROOT, environment
-from test_resume import one_thread       # noqa: F401, the fixture holds here too
 from tiny_llm.assistant.pipeline import pipeline, read_stages
 from tiny_llm.basics import UserError
 from tiny_llm.deployment import cli
@@ -23,6 +22,8 @@ from tiny_llm.training.folder import load
 from tiny_llm.training.run import Run
 from tiny_llm.training.train import train
 from tiny_llm.transformer.model import Transformer, preset
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 FIELDS = ("x", "y", "w", "doc", "pos")
 QUICK = dict(batch=2, dtype="float32", compile=False, device="cpu", quiet=True, eval_tokens=500)

@@ -12,7 +12,7 @@ from run_notebook import directives
 modules = sorted(p for p in (ROOT / "tiny_llm").rglob("*.py") if p.stem[0] != "_")
 DEEP = """flash sizes huggingface gguf judge dialogues bpe playground cleaning large_corpora audit doctor tune scale improvements plan watch
     real_text benchmarks pipeline adapters lora preference decoding xray cell reinforce code code_suite code_tasks engine serve
-    packed quantize graph export""".split()   # nothing that follows needs them
+    protocol packed quantize graph export""".split()   # nothing that follows needs them
 every = pytest.mark.parametrize("path", notebooks(), ids=page)
 each = pytest.mark.parametrize("path", exporting(), ids=page)
 each_module = pytest.mark.parametrize("path", modules, ids=lambda p: p.relative_to(ROOT).as_posix())

@@ -4,7 +4,7 @@ import json, math, shutil
 import pytest
 import torch
 
-from test_resume import go, one_thread, parts, weights       # noqa: F401, the fixture holds here too
+from test_resume import go, parts, weights
 from tiny_llm.basics import UserError
 from tiny_llm.text.batches import tokenize
 from tiny_llm.training.config import TrainConfig, changed
@@ -13,6 +13,8 @@ from tiny_llm.training.config import resumed
 from tiny_llm.training.run import Clock, Run, read_metrics, resolved
 from tiny_llm.training.train import Training, evaluate_loss, glimpse, loss_of, train, train_and_val
 from tiny_llm.transformer.model import Transformer, preset
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 PLAIN = TrainConfig(steps=9, batch=2, ctx=64, lr=1e-2, optimizer="adamw", weight_decay=0.01, dtype="float32", compile=False)
 

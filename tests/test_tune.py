@@ -6,7 +6,6 @@ import optuna
 import pytest
 import torch
 
-from test_resume import one_thread       # noqa: F401, the fixture holds here too
 from tiny_llm.basics import UserError
 from tiny_llm.deployment import cli
 from tiny_llm.text.batches import tokenize
@@ -16,6 +15,8 @@ from tiny_llm.training.config import TrainConfig, read_config, split_record
 from tiny_llm.training.run import BEST_LR
 from tiny_llm.training.tune import SPACE, ask, draw, may_begin, point_of, reports, settings_at, tune
 from tiny_llm.transformer.model import preset
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 DOCS = stories(200, seed=3)
 TOK = train_tokenizer([str(d) for d in DOCS[:100]], 300)

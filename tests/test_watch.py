@@ -8,7 +8,6 @@ import pytest
 import torch
 
 import tiny_llm.basics as basics
-from test_resume import one_thread       # noqa: F401, the fixture holds here too
 from tiny_llm.basics import PAUSE, UserError, alive, note
 from tiny_llm.text.stories import stories
 from tiny_llm.text.tokenizer import train_tokenizer
@@ -18,6 +17,8 @@ from tiny_llm.training.run import Run
 from tiny_llm.training.train import train
 from tiny_llm.training.watch import LivePlot, Pace, Tracker, best_beta, draw_live, flat, numbers, smooth, thin, tracker, untold
 from tiny_llm.transformer.model import Transformer, preset
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 try:
     import test_chat_browser as browser

@@ -58,6 +58,7 @@ _home = {name: module for module, names in {
     "assistant.decoding":       "beam_search speculate",
     "assistant.cell":           "chat",
     "assistant.engine":         "Engine",
+    "assistant.protocol":       "Refusal make_job whole_answer",
     "deployment.quantize":      "kept_bytes quantize",
     "deployment.serve":         "make_app serve",
     "deployment.export":        "export passport push write_gguf write_hub_folder write_onnx",

@@ -133,6 +133,7 @@ class Order:
     score: int = None               # alternatives to tell of each token of the prompt; None: no scores
     scores: list = field(default_factory=list)   # (log-probability, [(id, log-probability), ...]); None for the first
     asked: float = field(default_factory=time.monotonic)
+    sat: float = None               # when it found a seat
     late: bool = False              # it took too long
 
     @property
@@ -167,10 +168,10 @@ class Engine:
         self.rows = next(m for m in [rows, *(k for k in (16, 8, 4, 2, 1) if k < rows), 1] if m == 1 or steady(model, m))
         self.waiting, self.seated = deque(), []
         self.change, self.closing, self.thread = threading.Condition(), False, None
-        self.counts, self.pace = Counter(), 1.0     # pace: mean seconds of a text, of late
+        self.counts, self.pace = Counter(), 1.0     # pace: mean seconds of a text in its seat, of late
 
     def later(self) -> float:
-        "Seconds until somebody who comes now may find room."
+        "Seconds until those who are here now will have been written."
         return self.pace * (len(self.waiting) + len(self.seated)) / self.slots
 
     def submit(self,
@@ -188,7 +189,7 @@ class Engine:
 def _leave(self: Engine, order):
     if order in self.seated:
         self.seated.remove(order)
-        self.pace += 0.1 * (time.monotonic() - order.asked - self.pace)
+        self.pace += 0.1 * (time.monotonic() - order.sat - self.pace)
     order.stream.model.kv = None
     self.counts.update(texts=1, drawn=len(order.stream.ids))
 
@@ -271,6 +272,7 @@ def _seat(self: Engine):
             self.waiting.remove(o)
         while self.waiting and len(self.seated) < self.slots:
             self.seated.append(self.waiting.popleft())
+            self.seated[-1].sat = time.monotonic()
     for o in gone + [o for o in self.seated if o.ended()]:
         self._next(o)
 
