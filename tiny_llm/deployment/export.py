@@ -189,10 +189,10 @@ def _add_tokenizer(w, tok, rows):
     "The vocabulary into the library's writer; `rows` of the model."
     names = {i: t for t, i in tok.vocab.items()}
     kinds = {t["id"]: 3 if t["special"] else 4 for t in tok.added.values()}
-    merges = json.loads(tok.json_text)["model"]["merges"]
+    cut, merges = cut_name(tok), json.loads(tok.json_text)["model"]["merges"]
     if not merges: raise UserError("this tokenizer knows bytes alone; llama.cpp opens no vocabulary without merges")
     w.add_tokenizer_model("gpt2")
-    w.add_tokenizer_pre(cut_name(tok))
+    w.add_tokenizer_pre(cut)
     w.add_token_list([names.get(i, f"[PAD{i}]") for i in range(rows)])
     w.add_token_types([kinds.get(i, 1 if i in names else 5) for i in range(rows)])
     w.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in merges])
