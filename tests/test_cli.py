@@ -9,6 +9,7 @@ from house import environment, files
 TL = Path(sys.executable).parent/"tiny_llm"
 SMALL = ["--preset", "tiny", "--ctx", "64", "--batch", "4", "--vocab_size", "300", "--no-compile", "--dtype", "float32", "--device", "cpu"]
 unix = pytest.mark.skipif(os.name == "nt", reason="needs signals and terminals as Unix has them")
+pytestmark = pytest.mark.usefixtures("one_thread")    # as the processes have
 
 
 def tl(*words, cwd, stdin=None, timeout=120, **env):
@@ -17,10 +18,12 @@ def tl(*words, cwd, stdin=None, timeout=120, **env):
     return subprocess.run([TL, *map(str, words)], cwd=cwd, env=environment(**env), capture_output=True, text=True, encoding="utf-8", timeout=timeout, **given)
 
 
-def fine(*words, cwd, **kw):
-    p = tl(*words, cwd=cwd, **kw)
-    assert p.returncode == 0, f"{' '.join(map(str, words))} ended with {p.returncode}\n{p.stdout}{p.stderr}"
-    return p.stdout
+def fine(*words, cwd, real=True, **kw):
+    "A line that must end well; what it printed. `real`: in a process of its own."
+    if real: p = tl(*words, cwd=cwd, **kw); code, out, err = p.returncode, p.stdout, p.stderr
+    else: code, out, err = same_process(words, cwd)
+    assert code == 0, f"{' '.join(map(str, words))} ended with {code}\n{out}{err}"
+    return out
 
 
 def same_process(words, cwd):
@@ -169,22 +172,6 @@ def test_finetune_then_chat_through_a_pipe(room):
     assert "you>" in fine("chat", "--model", "chat", "--max_tokens", 5, cwd=room, stdin="Hi")    # ends with the input
 
 
-def test_quickstart_ends_by_itself(tmp_path):
-    code = "import sys; from tiny_llm.deployment.cli import main; sys.exit(main())"
-    line = "quickstart --minutes 0.1 --preset tiny --out q --device cpu".split()
-    p = subprocess.run([sys.executable, "-c", code, *line], cwd=tmp_path, env=environment(), stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300)
-    said = p.stdout
-    assert p.returncode == 0, said + p.stderr
-    for row in ("parameters", "tokens seen", "training", "validation loss", "floor", "gap", "bits per byte", "stories that parse", "faults of the rest",
-                "requests fulfilled", "generation", "wall time", "the model is in", "tiny_llm chat --model q"): assert row in said, row
-    numbers = json.loads((tmp_path/"q"/"summary.json").read_text())
-    assert numbers["stories"]["n"] == numbers["chat"]["n"] == 200
-    assert {"config.json", "model.safetensors", "tokenizer.json", "README.md"} <= {p.name for p in (tmp_path/"q"/"model").iterdir()}
-    assert "model>" in fine("chat", "--model", "q", "--max_tokens", 5, cwd=tmp_path, stdin="Hi\n")
-    wrong("quickstart", "--out", "q", cwd=tmp_path, real=False, says="already holds a quickstart; go on with it (--resume), or choose another folder (--out)")
-    wrong("quickstart", "--out", "q", "--resume", cwd=tmp_path, says="is finished", real=False)
-
-
 # Settings ------------------------------------------------------------------------------------------------------------
 
 def sums(folder): return {p.name: p.read_bytes() for p in folder.iterdir() if p.suffix == ".safetensors"}
@@ -195,38 +182,38 @@ def weights_of(run): return (run/"last"/"model.safetensors").read_bytes()
 
 def test_a_run_is_repeated_from_its_config(room):
     "Bit for bit, with the text, the vocabulary, the shape, the seed and the schedule from the file."
-    fine("train", "--data", "ducks.txt", "--steps", 12, *SMALL, "--seed", 5, "--lr", "0.01", "--decay", "cosine", "--out", "a", cwd=room)
+    fine("train", "--data", "ducks.txt", "--steps", 12, *SMALL, "--seed", 5, "--lr", "0.01", "--decay", "cosine", "--out", "a", cwd=room, real=False)
     fine("train", "--config", "a/config.json", "--device", "cpu", "--out", "b", cwd=room)
     assert sums(room/"a"/"best") == sums(room/"b"/"best")
     (room/"mine.yaml").write_text("data: ducks.txt\nsteps: 12\nlr: 1e-2\ndecay: cosine\nseed: 5\npreset: tiny\nctx: 64\nbatch: 4\nvocab_size: 300\ncompile: false\ndtype: float32\n")
-    fine("train", "--config", "mine.yaml", "--device", "cpu", "--out", "c", cwd=room)
+    fine("train", "--config", "mine.yaml", "--device", "cpu", "--out", "c", cwd=room, real=False)
     assert sums(room/"a"/"best") == sums(room/"c"/"best")
-    fine("train", "--config", "mine.yaml", "--seed", 6, "--device", "cpu", "--out", "d", cwd=room)
+    fine("train", "--config", "mine.yaml", "--seed", 6, "--device", "cpu", "--out", "d", cwd=room, real=False)
     assert sums(room/"a"/"best") != sums(room/"d"/"best"), "options on the line win over the file"
 
 
 def test_a_finetuning_is_resumed_by_finetune(room):
     "What Ctrl-C leaves of one, to `train --resume`."
     line = ("--model", "run", "--data", "chats.jsonl", "--steps", 4, "--batch", 4, "--no-compile", "--dtype", "float32", "--device", "cpu", "--out", "half")
-    fine("finetune", *line, cwd=room)
+    fine("finetune", *line, cwd=room, real=False)
     (room/"half"/"summary.json").unlink()
     wrong("train", "--out", "half", "--resume", cwd=room, real=False, says="best; go on with tiny_llm finetune --resume")
-    fine("finetune", "--out", "half", "--resume", cwd=room)
+    fine("finetune", "--out", "half", "--resume", cwd=room, real=False)
 
 
 def test_a_finetuning_is_repeated_from_its_config(room):
-    fine("finetune", "--model", "run", "--data", "chats.jsonl", "--steps", 4, "--batch", 4, "--no-compile", "--dtype", "float32", "--device", "cpu", "--out", "a", cwd=room)
+    fine("finetune", "--model", "run", "--data", "chats.jsonl", "--steps", 4, "--batch", 4, "--no-compile", "--dtype", "float32", "--device", "cpu", "--out", "a", cwd=room, real=False)
     fine("finetune", "--model", "run", "--config", "a/config.json", "--device", "cpu", "--out", "b", cwd=room)
     assert sums(room/"a"/"best") == sums(room/"b"/"best")
 
 
 def test_runs_of_minutes_are_repeated(room):
     "The settings and, for a fine-tuning, the model to begin with are those of the run."
-    fine("train", "--data", "ducks.txt", "--minutes", 0.15, *SMALL, "--seed", 5, "--out", "a", cwd=room)
+    fine("train", "--data", "ducks.txt", "--minutes", 0.15, *SMALL, "--seed", 5, "--out", "a", cwd=room, real=False)
     fine("train", "--repeat", "a", "--device", "cpu", "--out", "b", cwd=room)
     assert weights_of(room/"a") == weights_of(room/"b")
     fine("finetune", "--model", "a", "--data", "chats.jsonl", "--minutes", 0.15, "--batch", 4, "--no-compile", "--dtype", "float32", "--device", "cpu", "--out", "c", cwd=room)
-    fine("finetune", "--repeat", "c", "--device", "cpu", "--out", "d", cwd=room)
+    fine("finetune", "--repeat", "c", "--device", "cpu", "--out", "d", cwd=room, real=False)
     assert weights_of(room/"c") == weights_of(room/"d")
     assert json.loads((room/"d"/"config.json").read_text())["made"]["began_with"] == str(room/"a"/"best")
 

@@ -3,13 +3,14 @@
 Shell lines are those of fences marked sh. Those of `tiny_llm` are run whole, with smaller budgets. Three are only touched, since whoever runs this file has done them: `pip install` is a
 dry run without a network, `pytest` a few of its tests, `jupyter lab` tells its version; `.ci/run` installs and tests in full. Python blocks are run as they stand, but for the numbers in SMALLER.
 """
-import gzip, json, re, shlex, shutil, subprocess, sys
+import gzip, json, re, shlex, shutil, subprocess, sys, threading
 from pathlib import Path
 
 import pytest
 
 import course
 from house import NBS, ROOT, environment, number, numbered, page, read, run, source
+from test_cli import same_process, wrong
 
 README = (ROOT/"README.md").read_text(encoding="utf-8")
 BIN = Path(sys.executable).parent
@@ -41,8 +42,7 @@ def smaller(words):
     if words == ["pytest"]: return [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_house.py", "-k", "light or settings or resolve"]
     if words == ["jupyter", "lab", "nbs"] and (ROOT/"nbs").is_dir(): return [sys.executable, "-m", "jupyter", "lab", "--version"]
     if words[0] != "tiny_llm" or len(words) < 2: return None
-    if words[1] == "serve": return ["timeout", "--preserve-status", "--signal", "TERM", "25", BIN/"tiny_llm", *words[1:], "--port", "0", "--device", "cpu"]    # until it is stopped
-    more = {"quickstart": ["--minutes", "0.1", *TINY.split()], "chat": ["--max_tokens", "5", "--device", "cpu"], "plot": [], "info": [], "data": [], "pipeline": ["--device", "cpu"], "plan": ["--ctx", "64", "--batch", "2", "--device", "cpu"],
+    more = {"serve": ["--port", "0", "--device", "cpu"], "quickstart": ["--minutes", "0.1", *TINY.split()], "chat": ["--max_tokens", "5", "--device", "cpu"], "plot": [], "info": [], "data": [], "pipeline": ["--device", "cpu"], "plan": ["--ctx", "64", "--batch", "2", "--device", "cpu"],
             "generate": ["--max_tokens", "5", "--device", "cpu"], "eval": ["--device", "cpu"], "finetune": [*SMALL[2:], "--steps", "3"],
             "align": [*SMALL[2:], "--steps", "2", *([] if "dpo" in words else ["--max_tokens", "8", "--group", "2"])], "export": [],
             "tune": [*TRAIN, "--trials", "1", "--trial_steps", "5"],
@@ -100,17 +100,51 @@ def test_every_command_and_every_kind_of_data_is_shown():
     assert any("/" in x for x in data)
 
 
+def serve(line, desk, env):
+    "Until it says where it is; then it is stopped as a person or a system would."
+    p = subprocess.Popen([str(w) for w in line], cwd=desk, env={**env, "PYTHONUNBUFFERED": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    late = threading.Timer(120, p.kill)
+    late.start()
+    said = []
+    for text in p.stdout:
+        said.append(text)
+        if "http://" in text: p.terminate()
+    late.cancel()
+    assert p.wait() == 0 and "http://" in "".join(said), "".join(said)[-4000:]
+
+
 @pytest.mark.parametrize("words", commands(), ids=" ".join)
 def test_command(words, desk, clone):
     line = smaller(words)
     assert line, f"README says `{' '.join(words)}`, and no test runs it: add its form to tests/test_readme.py"
     if "--resume" in words: (desk/words[words.index("--out")+1]/"summary.json").unlink(missing_ok=True)   # as if it had been interrupted
-    p = subprocess.run([str(w) for w in line], cwd=desk if words[0] == "tiny_llm" else clone, input="Hello!\n/exit\n", capture_output=True, text=True, encoding="utf-8", timeout=300,
-                       env=environment(TINY_LLM_DATA=str(desk/"data")))
-    assert p.returncode == 0, p.stdout[-4000:] + p.stderr[-4000:]
+    env = environment(TINY_LLM_DATA=str(desk/"data"))
+    if words[:2] == ["tiny_llm", "serve"]: return serve(line, desk, env)
+    if words[:3] == ["tiny_llm", "train", "--data"] and words[3] != "my.txt":      # the many kinds of text: the command has had its process by then
+        with pytest.MonkeyPatch.context() as m:
+            m.setenv("TINY_LLM_DATA", env["TINY_LLM_DATA"])
+            code, out, err = same_process(line[1:], desk)
+    else:
+        p = subprocess.run([str(w) for w in line], cwd=desk if words[0] == "tiny_llm" else clone, input="Hello!\n/exit\n", capture_output=True, text=True, encoding="utf-8", timeout=300, env=env)
+        code, out, err = p.returncode, p.stdout, p.stderr
+    assert code == 0, out[-4000:] + err[-4000:]
+    if words == ["tiny_llm", "quickstart"]: (desk/"quickstart.txt").write_text(out, encoding="utf-8")
     if words[0] == "tiny_llm" and "--out" in words:
         made = {"tune": "best.yaml", "pipeline": "model/model.safetensors", "export": "."}.get(words[1], "best/model.safetensors")
         assert (desk/words[words.index("--out")+1]/made).is_file()
+
+
+def test_quickstart_ends_by_itself(desk):
+    "What it said and left, in the folder where it ran above."
+    if not (desk/"quickstart.txt").is_file(): pytest.skip("needs the quickstart of test_command")
+    made, said = desk/"runs"/"quickstart", (desk/"quickstart.txt").read_text(encoding="utf-8")
+    for row in ("parameters", "tokens seen", "training", "validation loss", "floor", "gap", "bits per byte", "stories that parse", "faults of the rest",
+                "requests fulfilled", "generation", "wall time", "the model is in", "tiny_llm chat"): assert row in said, row
+    numbers = json.loads((made/"summary.json").read_text())
+    assert numbers["stories"]["n"] == numbers["chat"]["n"] == 200
+    assert {"config.json", "model.safetensors", "tokenizer.json", "README.md"} <= {p.name for p in (made/"model").iterdir()}
+    wrong("quickstart", cwd=desk, real=False, says="already holds a quickstart; go on with it (--resume), or choose another folder (--out)")
+    wrong("quickstart", "--resume", cwd=desk, says="is finished", real=False)
 
 
 @pytest.mark.parametrize("code", fences("python"), ids=lambda c: c.splitlines()[0][:30])
