@@ -3,7 +3,7 @@
     nice pytest -n0 tests/test_extras.py -m slow              # needs the package registry; some minutes, most of them for torch
     TINY_LLM_ENV=DIR nice pytest -n0 tests/test_extras.py -m slow -k hf     # begin with that environment, in which the package is; it is copied
 """
-import os, queue, re, shutil, signal, subprocess, sys, threading, time, urllib.request, venv
+import glob, os, queue, re, shutil, signal, subprocess, sys, threading, time, urllib.request, venv
 from pathlib import Path
 
 import pytest
@@ -18,17 +18,18 @@ SMALL = "--limit 60 --vocab_size 300 --preset tiny --ctx 64 --batch 2 --device c
 TRACKED = "-m tiny_llm train --steps 3 --track {} " + SMALL + " --out OUT"
 OVERLAP = "import tiny_llm; print(tiny_llm.text_overlap(['one two three four five'], ['one two three four six']))"
 EXPORT = "import sys; sys.argv = ['nbdev_export']; from nbdev.doclinks import nbdev_export; nbdev_export(); print('exported')"
-COMMANDS = {     # extra: [(command of its Python, a pattern in what it prints), ...]; MODEL, GGUF, OUT and TREE are paths
-    "hf": [("-m tiny_llm export --model MODEL --format hf --out OUT", "transformers")],
-    "gguf": [("-m tiny_llm generate --model GGUF --prompt Once --max_tokens 5 --device cpu", "Once")],
-    "export": [("-m tiny_llm export --model MODEL --format gguf --out OUT.gguf", "llama.cpp"), ("-m tiny_llm export --model MODEL --format onnx --out OUT", "onnxruntime")],
-    "tune": [(f"-m tiny_llm tune --trials 2 --trial_steps 3 {SMALL} --out OUT", "best.yaml")],
-    "serve": [("-m tiny_llm serve --model MODEL --port 0 --device cpu", "")],
-    "tensorboard": [(TRACKED.format("tensorboard"), "tensorboard")],
-    "wandb": [(TRACKED.format("wandb"), "wandb")],
-    "mlflow": [(TRACKED.format("mlflow"), "mlflow")],
-    "eval": [(["-c", OVERLAP], "'bleu': .*'rouge_l': 80")],
-    "dev": [("-m pytest -n0 -q TREE/tests/test_typed_text.py -k single_word", "1 passed"), (["-c", EXPORT], "exported")]}
+COMMANDS = {     # extra: [(command of its Python, a pattern in what it prints, a file that it makes), ...]; MODEL, GGUF, OUT and TREE are paths
+    "hf": [("-m tiny_llm export --model MODEL --format hf --out OUT", "transformers", "OUT/model.safetensors")],
+    "gguf": [("-m tiny_llm generate --model GGUF --prompt Once --max_tokens 5 --device cpu", "Once", None)],
+    "export": [("-m tiny_llm export --model MODEL --format gguf --out OUT.gguf", "llama.cpp", "OUT.gguf"),
+               ("-m tiny_llm export --model MODEL --format onnx --out OUT", "onnxruntime", "OUT/onnx/model_quantized.onnx")],
+    "tune": [(f"-m tiny_llm tune --trials 2 --trial_steps 3 {SMALL} --out OUT", "best.yaml", "OUT/study.db")],
+    "serve": [("-m tiny_llm serve --model MODEL --port 0 --device cpu", "", None)],
+    "tensorboard": [(TRACKED.format("tensorboard"), "", "OUT/tensorboard/events*")],
+    "wandb": [(TRACKED.format("wandb"), "wandb", "OUT/**/run-*.wandb")],
+    "mlflow": [(TRACKED.format("mlflow"), "mlflow", "OUT/tracker.json")],
+    "eval": [(["-c", OVERLAP], "'bleu': .*'rouge_l': 80", None)],
+    "dev": [("-m pytest -n0 -q TREE/tests/test_typed_text.py -k single_word", "1 passed", None), (["-c", EXPORT], "exported", None)]}
 
 
 def test_every_extra_has_a_command():
@@ -73,7 +74,7 @@ def served(where, words, cwd):
 @pytest.fixture(scope="module")
 def base(built, tmp_path_factory):
     "An environment with the package and what it always needs."
-    where = tmp_path_factory.mktemp("base")/"env"
+    where = tmp_path_factory.mktemp("base")/"base"
     given = os.environ.get("TINY_LLM_ENV")
     if given: copied(Path(given), where)
     else: venv.create(where, with_pip=False, symlinks=os.name != "nt")
@@ -106,20 +107,22 @@ def places(base, tmp_path_factory):
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("extra", EXTRAS)
 def test_an_extra_alone(extra, base, built, places, tmp_path):
-    def told(where, n, words):
-        here = {**places, "OUT": tmp_path/f"{where.name}{n}"}
-        words = [re.sub("|".join(here), lambda m: str(here[m[0]]), w) for w in (words.split() if isinstance(words, str) else words)]
-        return (served if "serve" in words else ask)(where, words, places["TREE"] if extra == "dev" else tmp_path)
-    for n, (words, _) in enumerate(COMMANDS[extra]):
-        code, said = told(base, n, words)
-        assert code != 0, f"it works without {extra}: {said[-2000:]}"
+    def told(where, n, words, made):
+        here = {**places, "OUT": tmp_path/f"{where.name}{n}"}     # where.name: base, or new
+        def filled(text): return re.sub("|".join(here), lambda m: str(here[m[0]]), text)
+        words = [filled(w) for w in (words.split() if isinstance(words, str) else words)]
+        code, said = (served if "serve" in words else ask)(where, words, places["TREE"] if extra == "dev" else tmp_path)
+        return code, said, made is None or bool(glob.glob(filled(made), recursive=True))
+    for n, (words, _, made) in enumerate(COMMANDS[extra]):
+        code, said, there = told(base, n, words, made)
+        assert code != 0 and not (made and there), f"it works without {extra}: {said[-2000:]}"
         if extra != "dev": assert "pip install" in said and (extra == "eval" or code == 2 and "Traceback" not in said), said[-2000:]
     start = time.monotonic()
-    where = copied(base, tmp_path/"env")
+    where = copied(base, tmp_path/"new")
     install(where, f"{built[1]}[{extra}]")
     took = time.monotonic() - start
     assert subprocess.run([sys.executable, "-m", "pip", "--python", python_of(where), "check"], capture_output=True, env=clean()).returncode == 0
-    for n, (words, pattern) in enumerate(COMMANDS[extra]):
-        code, said = told(where, n, words)
-        assert code == 0 and re.search(pattern, said), said[-4000:]
+    for n, (words, pattern, made) in enumerate(COMMANDS[extra]):
+        code, said, there = told(where, n, words, made)
+        assert code == 0 and re.search(pattern, said) and there, said[-4000:]
     print(f"{extra}: installed in {took:.0f} s, {len(COMMANDS[extra])} commands in {time.monotonic() - start - took:.0f} s")

@@ -319,4 +319,6 @@ MUTANTS = [
     ("training.code_tasks", "for c in (*task.shown, *task.hidden) if c[0] not in seen", "for c in task.shown", "programs are judged by two cases"),
     ("training.code_tasks", "return task.shown if self.only_shown else task.hidden", "return task.shown", "programs that print the examples are right"),
     ("training.code_tasks", "held == (split == \"val\")", "True", "tasks of the training are measured by"),
+    ("training.code_tasks", "if _constant(task.hidden): continue", "pass", "tasks that one value solves"),
+    ("training.code_tasks", "if not _constant(hidden): break", "break", "the reward judges by one value"),
 ]
