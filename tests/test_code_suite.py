@@ -11,7 +11,7 @@ from tiny_llm.basics import UserError
 from tiny_llm.deployment.cli import try_line
 from tiny_llm.training import code_suite as suite
 from tiny_llm.training.code import close_wardens
-from tiny_llm.training.code_suite import (SUITE, Item, code_benchmark, code_problems, code_suite as measure, compare_suites, cut, judge_items, judge_problems,
+from tiny_llm.training.code_suite import (QUOTES, SUITE, Item, code_benchmark, code_problems, code_suite as measure, compare_suites, cut, judge_items, judge_problems,
                                           mcnemar, own_block, parse_suite, pass_at_k, suite_items, suite_scores, text_overlap)
 from tiny_llm.training.folder import save
 from tiny_llm.text.tokenizer import train_tokenizer
@@ -51,6 +51,34 @@ def test_items_are_the_seeds_and_are_many():
 @pytest.mark.parametrize("text, kept", [("    return x\nprint(1)\n", "    return x\n"), ("    a\n\n    b\n", "    a\n\n    b\n"), ("    a\n    b", "    a\n"), ("a", ""), ("", ""),
                                         ("    a\n# c\n", "    a\n"), ("    a\n\nclass B:", "    a\n\n")])
 def test_own_block(text, kept): assert own_block(text) == kept
+
+
+def test_of_a_thousand_items_no_two_are_alike_and_no_wrong_function_passes():
+    items = suite_items(1000, 5)
+    for kind in SUITE: assert len({i.prompt for i in items if i.kind == kind}) == 1000, kind
+    near = {"larger": ["max(x, {a} + 1)", "max(x, {a} - 1)", "x", "{a}"], "multiple": ["x % ({a} + 1) == 0", "x % {a} != 0", "x % 2 == 0 and {a} > 2"],
+            "above": ["[v for v in x if v >= {a}]", "[v for v in x if v > {a} + 1]", "x"], "rest": ["x % ({a} + 1)", "x", "x // {a}"], "first": ["x[:{a} + 1]", "x[:1 - {a}]", "x"],
+            "largest": ["sorted(x)[-{a} - 1:]", "sorted(x)[:{a}]", "x"], "add": ["x - {a}", "x + {a} + 1"], "scale": ["x * ({a} + 1)", "x + {a}"], "backwards": ["x", "x.upper()"],
+            "loud": ["x", "x.title()"], "letters": ["len(x)", "x.count('b')"], "sums": ["max(x)", "len(x)"], "squares": ["[v + v for v in x]", "x"], "shift": ["x * {a}", "x"]}
+    seen = set()
+    for item in items[4000:]:
+        name = item.prompt.split("(")[0].removeprefix("def ")
+        values = [v for _, v in item.wanted]
+        shown = [line.strip() for line in item.prompt.splitlines()[4:8:2]]
+        assert len(values) == 6 and not all(v == values[0] for v in values) and shown[0] != shown[1], "a constant passes"
+        a = next(iter(s for s in item.prompt.split(QUOTES)[1].replace(",", " ").replace(".", " ").split() if s.isdigit()), "")
+        for wrong in near[name]:
+            wrong = wrong.format(a=a)
+            assert [eval(wrong, {"x": eval(call.partition("(")[2][:-1])}) for call, _ in item.wanted] != values, (item.prompt, wrong)
+        seen.add(name)
+    assert seen == near.keys()
+    some = items[4000:4060]
+    assert judge_items(some, [f"    return {i.wanted[0][1]!r}\n" for i in some]) == [0] * 60, "the first hidden value for every argument"
+
+
+def test_more_items_than_there_are():
+    assert len({i.prompt for i in suite._different("keywords", 1800, 0)}) == 1800
+    with pytest.raises(UserError, match="different items of the kind keywords were not found; use a smaller n"): suite._different("keywords", 2000, 0)
 
 
 SYNTAX = Item("syntax", "def f(xs):\n    for x in xs:\n        if x > 3:\n", "            return xs\n")

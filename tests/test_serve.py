@@ -172,6 +172,77 @@ def test_lm_eval_measures_over_the_wire(server, made, places):
         assert got == pytest.approx(want, abs=1e-3) and greedy is False
 
 
+TASKS = {     # of a whole task of lm-eval: what is asked, the file's rows
+    "wire_pairs": dict(output_type="multiple_choice", doc_to_text="", doc_to_target=0, doc_to_choice="{{[good, bad]}}"),
+    "wire_words": dict(output_type="loglikelihood", doc_to_text="{{context}}", doc_to_target="{{continuation}}"),
+    "wire_texts": dict(output_type="loglikelihood_rolling", doc_to_text="", doc_to_target="{{text}}"),
+    "wire_answers": dict(output_type="generate_until", doc_to_text="{{context}}", doc_to_target="{{answer}}", generation_kwargs=dict(until=["e"], do_sample=False, max_gen_toks=12))}
+
+
+def wire_rows(model, tok, n=24):
+    "Sentences of stories with one word changed, last words, texts, and what the model writes itself, greedily, up to an e."
+    from tiny_llm.text.stories import stories
+    rng, found = random.Random(0), []
+    for text in map(str, stories(n, seed=7)):
+        words = text.split()[:9]
+        front = " ".join(words[:6])
+        said = "".join(stream(model, tok, tok.encode(front), max_tokens=12, temperature=0.0, stop=["e"]))      # lm-eval sends ids, without the begin mark
+        if rng.random() < 0.5: said += "!"           # a wrong answer, which is to count as one
+        context, last = " ".join(words[:-1]), " " + words[-1]
+        ids = list(e.id for e in stream(model, tok, tok.encode(context), max_tokens=2, temperature=0.0).events if e.id is not None)
+        if tok.encode(context + tok.decode(ids)) == tok.encode(context) + ids: last = tok.decode(ids)       # what the model would write: to count as right
+        found.append(dict(good=" ".join(words), bad=" ".join(rng.sample(words, len(words))), context=context, continuation=last,
+                          text=" ".join(words), answer=said, front=front))
+    return found
+
+
+@pytest.mark.slow
+def test_lm_eval_runs_whole_tasks_against_the_server(server, made, places, tmp_path):
+    """The command of lm-eval, its own model `local-completions`, four tasks over a local file: one of each kind of request.
+
+    Every figure that it prints is reckoned again with the model in this process."""
+    pytest.importorskip("lm_eval", reason="pip install lm-eval")
+    pytest.importorskip("tenacity", reason="pip install 'lm-eval[api]'")
+    model, tok = made["noise"]
+    rows = wire_rows(model, tok)
+    (tmp_path/"rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+    (tmp_path/"fronts.jsonl").write_text("".join(json.dumps({**r, "context": r["front"]}) + "\n" for r in rows), encoding="utf-8")
+    metrics = dict(wire_pairs=["acc"], wire_words=["perplexity", "acc"], wire_texts=["word_perplexity", "byte_perplexity", "bits_per_byte"], wire_answers=["exact_match"])
+    for name, task in TASKS.items():
+        file = tmp_path/("fronts.jsonl" if name == "wire_answers" else "rows.jsonl")
+        whole = dict(task=name, dataset_path="json", dataset_kwargs=dict(data_files=dict(test=str(file))), test_split="test", num_fewshot=0,
+                     metric_list=[dict(metric=m) for m in metrics[name]], **task)
+        (tmp_path/f"{name}.yaml").write_text(json.dumps(whole), encoding="utf-8")        # JSON is YAML
+    command = [sys.executable, "-m", "lm_eval", "--model", "local-completions", "--include_path", str(tmp_path), "--tasks", ",".join(TASKS), "--output_path", str(tmp_path/"out"),
+               "--model_args", f"model=noise,base_url={server.url}/v1/completions,tokenizer_backend=huggingface,tokenizer={places['noise']},num_concurrent=2,max_length=96,tokenized_requests=True"]
+    done = subprocess.run(command, env=environment(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", HF_HOME=str(tmp_path/"hf")), capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = json.loads(next((tmp_path/"out").rglob("results*.json")).read_text())["results"]
+    assert all(found[name].get(f"{m},none") is not None for name, ms in metrics.items() for m in ms), found
+
+    nameless = torch.tensor(tok.nameless(model.cfg.vocab_size))
+    @torch.no_grad()
+    def scored(before, after):
+        "(nats of what follows, whether it is what the model would write). lm-eval begins with the mark where nothing comes before, and puts a space before a choice."
+        front = [] if before else [tok.bos]
+        ids, n = front + tok.encode(before + after), len(front) + len(tok.encode(before))
+        log_q = model(torch.tensor([ids]))[0].index_fill(-1, nameless, -torch.inf).log_softmax(-1)
+        return sum(log_q[t - 1, ids[t]].item() for t in range(n, len(ids))), all(log_q[t - 1].argmax() == ids[t] for t in range(n, len(ids)))
+
+    near = pytest.approx
+    pairs = [scored("", " " + r["good"])[0] > scored("", " " + r["bad"])[0] for r in rows]
+    assert found["wire_pairs"]["acc,none"] == near(statistics.mean(pairs)) and 0 < sum(pairs) < len(rows)
+    words = [scored(r["context"], r["continuation"]) for r in rows]
+    assert 0 < sum(hit for _, hit in words) < len(rows)
+    assert found["wire_words"]["acc,none"] == near(statistics.mean(hit for _, hit in words))
+    assert found["wire_words"]["perplexity,none"] == near(math.exp(-statistics.mean(x for x, _ in words)), rel=1e-3)
+    nats = [scored("", r["text"])[0] for r in rows]
+    assert found["wire_texts"]["bits_per_byte,none"] == near(-sum(nats) / math.log(2) / sum(len(r["text"].encode()) for r in rows), rel=1e-3)
+    right = [not r["answer"].endswith("!") for r in rows]
+    assert found["wire_answers"]["exact_match,none"] == near(statistics.mean(right)) and 0 < sum(right) < len(rows)
+    print({name: {k: v for k, v in found[name].items() if k.endswith(",none")} for name in TASKS})
+
+
 def test_models_and_health(client, server):
     assert [m.id for m in client.models.list()] == ["noise", "talk"]
     assert json.loads(get(server, "/health"))["status"] == "ok"

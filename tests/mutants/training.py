@@ -311,8 +311,14 @@ MUTANTS = [
     ("training.code_suite", "*(row.get(\"challenge_test_list\") or ())]", "]", "MBPP's second list of tests is forgotten"),
     ("training.code_suite", "Program(p.head + cut(text, p.stops)", "Program(p.head + text", "no stop"),
     ("training.code_suite", "zip(xs[2:], values[2:])", "zip(xs[:2], values[:2])", "the cases stand in the prompt"),
+    ("training.code_suite", "constant = all(v == values[0] for v in values)", "constant = False", "a constant passes"),
+    ("training.code_suite", "range(1, 11) for b in range(1, 5)", "range(2, 3) for b in range(1, 2)", "a number beside the one asked for passes"),
+    ("training.code_suite", "while values[0] == values[1] or not", "while not", "the two examples may have one value"),
+    ("training.code_suite", "found.setdefault(item.prompt, item)", "found[i] = item", "items come twice"),
     # 3.19 code_tasks
     ("training.code_tasks", "for c in (*task.shown, *task.hidden) if c[0] not in seen", "for c in task.shown", "programs are judged by two cases"),
     ("training.code_tasks", "return task.shown if self.only_shown else task.hidden", "return task.shown", "programs that print the examples are right"),
     ("training.code_tasks", "held == (split == \"val\")", "True", "tasks of the training are measured by"),
+    ("training.code_tasks", "if _constant(task.hidden): continue", "pass", "tasks that one value solves"),
+    ("training.code_tasks", "if not _constant(hidden): break", "break", "the reward judges by one value"),
 ]

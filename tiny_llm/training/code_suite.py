@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['NAMES', 'LISTS', 'PAIRS', 'QUOTES', 'FAMILIES', 'SUITE', 'HUMANEVAL_STOPS', 'MBPP_STOPS', 'SOURCES', 'Item',
            'parses_as_code', 'own_block', 'syntax_item', 'brackets_item', 'docstrings_item', 'keywords_item',
-           'functions_item', 'suite_items', 'judge_items', 'suite_scores', 'code_suite', 'mcnemar', 'compare_suites',
-           'suite_rows', 'suite_figure', 'pass_at_k', 'Problem', 'code_problems', 'cut', 'judge_problems',
-           'code_benchmark', 'parse_suite', 'measure_suite', 'text_overlap']
+           'tells_apart', 'functions_item', 'suite_items', 'judge_items', 'suite_scores', 'code_suite', 'mcnemar',
+           'compare_suites', 'suite_rows', 'suite_figure', 'pass_at_k', 'Problem', 'code_problems', 'cut',
+           'judge_problems', 'code_benchmark', 'parse_suite', 'measure_suite', 'text_overlap']
 
 # %% ../../nbs/3_training/18_code_suite.ipynb #f727550d
 import ast, math, random, re, warnings
 from dataclasses import dataclass
+from functools import cache
 
 from ..basics import UserError, did_you_mean, figure
 from .benchmarks import _ends, all_rows, interval, ratio, share_interval
@@ -130,21 +131,50 @@ FAMILIES = {         # name: (the sentence, the expression, what the argument is
     "squares": ("Return the squares of x.", "[v * v for v in x]", "list"),
     "largest": ("Return the largest {b} numbers of x, sorted.", "sorted(x)[-{b}:]", "list")}
 
+# %% ../../nbs/3_training/18_code_suite.ipynb #17ae6dd5
 def _argument(kind, rng):
     "A number, a text or a list."
     if kind == "number": return rng.randint(-50, 50)
     if kind == "text": return "".join(rng.choice("abcda") for _ in range(rng.randint(3, 9)))
     return [rng.randint(-20, 40) for _ in range(rng.randint(3, 7))]
 
+def _arguments(kind, rng):
+    "Eight of them, all different: no case stands in the prompt."
+    xs = []
+    while len(xs) < 8:
+        if (x := _argument(kind, rng)) not in xs: xs.append(x)
+    return xs
+
+# %% ../../nbs/3_training/18_code_suite.ipynb #3e1bbfb7
+@cache
+def _other_functions(kind):
+    "What the suite may ask for about one kind of argument, one number further too, and the argument: compiled."
+    numbers = [dict(a=a, b=b) for a in range(1, 11) for b in range(1, 5)]
+    found = {e.format(**n) for _, e, k in FAMILIES.values() if k == kind for n in numbers} | {"x"}
+    return {e: compile(e, e, "eval") for e in sorted(found)}
+
+def _values(code, xs): return [eval(code, {"x": x}) for x in xs]
+
+def tells_apart(
+    body: str,        # an expression of x
+    kind: str,        # number, text, list
+    xs: list,         # arguments
+) -> bool:
+    "Whether no constant, and no other function that the suite knows, has the values of this one."
+    values = _values(body, xs)
+    constant = all(v == values[0] for v in values)
+    return not constant and all(_values(c, xs) != values for e, c in _other_functions(kind).items() if e != body)
+
+# %% ../../nbs/3_training/18_code_suite.ipynb #bbdf6137
 def functions_item(rng):
     "A function to write, from a sentence and two examples."
     name = rng.choice(list(FAMILIES))
     numbers = dict(a=rng.randint(2, 9), b=rng.randint(1, 3))
     sentence, body, kind = (part.format(**numbers) for part in FAMILIES[name])
-    xs = []
-    while len(xs) < 8:                       # all different: no case stands in the prompt
-        if (x := _argument(kind, rng)) not in xs: xs.append(x)
-    values = [eval(body, {"x": x}) for x in xs]
+    xs = values = [0, 0]
+    while values[0] == values[1] or not tells_apart(body, kind, xs[2:]):
+        xs = _arguments(kind, rng)
+        values = _values(body, xs)
     examples = "".join(f"    >>> {name}({x!r})\n    {v!r}\n" for x, v in list(zip(xs, values))[:2])
     cases = tuple((f"{name}({x!r})", v) for x, v in zip(xs[2:], values[2:]))
     prompt = f"def {name}(x):\n    {QUOTES}{sentence}\n\n{examples}    {QUOTES}\n"
@@ -155,13 +185,22 @@ SUITE = dict(syntax=(syntax_item, _syntax_right), brackets=(brackets_item, _brac
              docstrings=(docstrings_item, _docstrings_right), keywords=(keywords_item, _keywords_right),
              functions=(functions_item, None))
 
+def _different(kind, n, seed):
+    "Items of one kind; no prompt stands there twice."
+    found, make = {}, SUITE[kind][0]
+    for i in range(40 * n):       # chance finds nearly all of 1,900 in that many
+        item = make(random.Random(f"{kind} {seed} {i}"))
+        found.setdefault(item.prompt, item)
+        if len(found) == n: return list(found.values())
+    raise UserError(f"{n:,} different items of the kind {kind} were not found; use a smaller n")
+
 def suite_items(
     n: int = 40,      # of each kind
     seed: int = 0,
 ) -> list:            # of Items, kind by kind
     "The items of the suite."
     if n < 1: raise UserError(f"n is {n}; give 1 or more items of each kind")
-    return [make(random.Random(f"{kind} {seed} {i}")) for kind, (make, _) in SUITE.items() for i in range(n)]
+    return [item for kind in SUITE for item in _different(kind, n, seed)]
 
 def judge_items(
     items,            # Items

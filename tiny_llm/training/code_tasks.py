@@ -39,7 +39,8 @@ def _values(rng, domain, n):
         return [rng.randint(0, 9) for _ in range(rng.randint(2, 5))]
     found = {}
     while len(found) < n:
-        found.update([(repr(v := one()), v)])
+        value = one()
+        found[repr(value)] = value
     return list(found.values())
 
 # %% ../../nbs/3_training/19_code_tasks.ipynb #84cd1373
@@ -61,6 +62,11 @@ def _told(domain, kind, steps, rng):
     prompt = f"# {domain}: {steps[0][0]}, then {steps[1][0]}\n{told}\ndef f(x):\n"
     return CodeTask(kind, prompt, "".join(f"    x = {code}\n" for _, code in steps) + "    return x\n", shown, hidden)
 
+# %% ../../nbs/3_training/19_code_tasks.ipynb #0c932642
+def _constant(cases):
+    "Whether a program that always gives the same value would pass."
+    return len({repr(value) for _, value in cases}) == 1
+
 # %% ../../nbs/3_training/19_code_tasks.ipynb #bb0fafab
 def task_kinds(
     split: str,    # train and val: three of four kinds; unseen: the others
@@ -80,6 +86,7 @@ def code_tasks(
     rng, kinds, found = random.Random(f"{seed} {split} tasks"), task_kinds(split), []
     while len(found) < n:
         task = _task(rng, rng.choice(kinds))
+        if _constant(task.hidden): continue
         held = hashlib.sha256(task.prompt.encode()).digest()[0] % 8 == 0      # no task is in two splits
         if split == "unseen" or held == (split == "val"): found.append(task)
     return found
@@ -123,6 +130,9 @@ def _read_task(prompt):
         raise UserError(f"{prompt!r:.60} is no task; the reward code judges those of code_tasks")
     (a, first), (b, second) = (_operation(m[1], text) for text in m.groups()[1:])
     shown = tuple((call, ast.literal_eval(value)) for call, value in re.findall(r"# (f\(.+\)) = (.+)", prompt))
-    task = _told(m[1], f"{m[1]} {a} {b}", [first, second], random.Random(prompt))
-    seen = dict(shown)
-    return replace(task, shown=shown, hidden=tuple(c for c in (*task.shown, *task.hidden) if c[0] not in seen))
+    rng, seen = random.Random(prompt), dict(shown)
+    for _ in range(50):             # again, where one value would pass
+        task = _told(m[1], f"{m[1]} {a} {b}", [first, second], rng)
+        hidden = tuple(c for c in (*task.shown, *task.hidden) if c[0] not in seen)
+        if not _constant(hidden): break
+    return replace(task, shown=shown, hidden=hidden)

@@ -230,7 +230,7 @@ class OnnxSession:
     ):
         ort = _onnx("onnxruntime")
         options = ort.SessionOptions()
-        options.intra_op_num_threads, options.log_severity_level = max(1, torch.get_num_threads()), 3
+        options.intra_op_num_threads, options.log_severity_level = max(1, torch.get_num_threads()), 4
         graph = graph.SerializeToString() if hasattr(graph, "SerializeToString") else str(graph)
         try: self.session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
         except Exception as e: raise UserError(f"onnxruntime does not open the graph ({str(e)[:200]})") from None
