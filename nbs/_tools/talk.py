@@ -96,7 +96,7 @@ def html(page):
         return text.replace(old, new)
     page = put(page, '<meta charset="utf-8">', f'<meta charset="utf-8">\n<meta http-equiv="Content-Security-Policy" content="{POLICY}">')
     page = put(page, "<title>tiny_llm</title>", '<title>Talk to it – tiny_llm</title>\n<meta name="description" content="A small language model that answers in your browser, token by token.">')
-    page = put(page, "<h1>tiny_llm</h1>", f'<h1><a href="{SITE}" id="course">tiny_llm</a></h1>')
+    page = put(page, "<h1>tiny_llm</h1>", f'<h1><a href="{SITE}">tiny_llm</a>: talk to it</h1>')
     page = put(page, '<script src="chat.js" defer>', '<script src="talk.js" defer></script>\n<script src="chat.js" defer>')
     return put(page, "This page needs JavaScript; the API at /v1 does not.", "This page needs JavaScript: the model runs in your browser.")
 
@@ -108,7 +108,7 @@ def about(model, net):
             "It learnt from made-up stories and talks about nothing else.")
 
 
-def build(model, out, package=None, place=None):
+def build(model, out, package=None, place=None, contexts=64, most=200):
     "Write the page; the runtime from npm, from a package, or from a folder with ort.js and ort.wasm (`place`, for tests). Returns what to tell."
     import tiny_llm.deployment
     page, out = Path(tiny_llm.deployment.__file__).parent/"page", check_new(out)
@@ -124,9 +124,9 @@ def build(model, out, package=None, place=None):
         graph = folder/"onnx"/ONNX_FILES["int8"]
         if (size := graph.stat().st_size) > LARGEST: raise UserError(f"the model's graph has {size:,} bytes; the page holds {LARGEST:,} at most")
         reader = OnnxRuntime(folder, "int8")
-        opened = passport(reader, net, tok, "int8")
+        opened = passport(reader, net, tok, "int8", n=contexts)
         if not opened["passed"]: raise UserError(f"{passport_line(opened)}: {'; '.join(opened['differs'])}")
-        (made/"recorded.json").write_text(json.dumps(record(reader, tok, ctx=net.cfg.ctx), ensure_ascii=False), encoding="utf-8")
+        (made/"recorded.json").write_text(json.dumps(record(reader, tok, most=most, ctx=net.cfg.ctx), ensure_ascii=False), encoding="utf-8")
         for f in HERE.iterdir(): shutil.copy(f, made/f.name)
         for name in ("chat.css", "chat.js"): shutil.copy(page/name, made/name)
         (made/"index.html").write_text(html((page/"index.html").read_text(encoding="utf-8")), encoding="utf-8")

@@ -45,7 +45,7 @@ window.source = (() => {
       catch (e) {
         const recorded = await fetch("recorded.json").then(r => r.json()).catch(() => null);
         const why = `The model does not run here: ${e.message}.`;
-        throw Object.assign(new Error(recorded ? `${why} What you see was recorded; nothing can be sent.` : `${why} Serve this folder, by python -m http.server, and reload.`), { recorded });
+        throw Object.assign(new Error(recorded ? `${why} What you see was recorded; nothing can be sent.` : `${why} Serve this folder (python -m http.server) and reload.`), { recorded });
       }
     },
 

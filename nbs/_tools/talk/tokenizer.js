@@ -15,6 +15,9 @@ for (let b = 0, next = 256; b < 256; b++) {
   BYTES.set(LETTERS[b], b);
 }
 
+// A decoder that keeps every character; a mark of byte order is one of them.
+export const decoder = () => new TextDecoder("utf-8", { ignoreBOM: true });
+
 export class Tokenizer {
   constructor(file) {                    // the object in a tokenizer.json
     this.ids = new Map(Object.entries(file.model.vocab));
@@ -60,7 +63,7 @@ export class Tokenizer {
 
   piece(id) {                            // how a token is shown
     if (this.marks.has(id)) return this.marks.get(id);
-    const bytes = this.bytes(id), text = new TextDecoder().decode(bytes);
+    const bytes = this.bytes(id), text = decoder().decode(bytes);
     return text.includes("\ufffd") ? Array.from(bytes, b => `\\x${b.toString(16).padStart(2, "0")}`).join("") : text;
   }
 

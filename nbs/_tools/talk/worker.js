@@ -1,6 +1,6 @@
 // The model of the page Talk to it: an ONNX graph with its cache (1.12 graph) in onnxruntime-web, one thread, away from the page's own.
 import * as ort from "./ort.js";
-import { Tokenizer } from "./tokenizer.js";
+import { Tokenizer, decoder } from "./tokenizer.js";
 
 let tok, session, cfg, ends, usual, shares = [], looked = null, stopped = new Set(), last = Promise.resolve();
 const tell = (id, what) => postMessage({ id, ...what });
@@ -110,23 +110,20 @@ function fit(messages, room) {           // [ids, how many of the oldest message
 
 async function reply(id, body) {
   const ctx = cfg.max_position_embeddings, most = body.max_tokens ?? usual.max_new_tokens ?? 200, heat = body.temperature ?? usual.temperature ?? 0.8;
-  const [prompt, forgotten] = fit(body.messages, Math.min(most, ctx >> 1)), random = randoms(body.seed), decoder = new TextDecoder();
+  const [prompt, forgotten] = fit(body.messages, Math.min(most, ctx >> 1)), random = randoms(body.seed), words = decoder();
   const token = (i, logp) => ({ id: i, token: tok.piece(i), logprob: Math.max(logp[i], -9999) });
   const event = (content, rest = {}) => tell(id, { event: { choices: [{ delta: { content }, ...rest }] } });
   const begun = body.begun ?? [];
-  tell(id, { event: { prompt, forgotten, choices: [] } });
-  let text = "";
-  for (const i of begun) text += decoder.decode(tok.bytes(i), { stream: true });
-  if (text) event(text);
+  tell(id, { event: { prompt, forgotten, begun: begun.map(i => words.decode(tok.bytes(i), { stream: true })).join(""), choices: [] } });
   if (prompt.length + begun.length >= ctx) return event("", { finish_reason: "length" });
   let [out, past] = await step([...prompt, ...begun]);
   for (let n = begun.length; ; n++) {
     await breathe();
     if (stopped.has(id)) return;
-    if (n >= most || past[0].dims[2] >= ctx) return event(decoder.decode(), { finish_reason: "length" });
+    if (n >= most || past[0].dims[2] >= ctx) return event(words.decode(), { finish_reason: "length" });
     const logp = scores(out.logits), i = draw(logp, heat, body.top_p ?? usual.top_p ?? 1, random);
-    if (ends.has(i)) return event(decoder.decode(), { finish_reason: "stop" });
-    event(decoder.decode(tok.bytes(i), { stream: true }),
+    if (ends.has(i)) return event(words.decode(), { finish_reason: "stop" });
+    event(words.decode(tok.bytes(i), { stream: true }),
       { logprobs: { content: [{ ...token(i, logp), top_logprobs: best(logp, 8).map(j => token(j, logp)) }] } });
     [out, past] = await step([i], past);
   }

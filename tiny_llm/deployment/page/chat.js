@@ -114,20 +114,21 @@ function xray(m, into) {
     b.style.background = ground(t.logprob);
     b.onclick = () => {
       for (const other of box.children) other.setAttribute("aria-expanded", String(other === b));
-      table.replaceChildren(make("caption", { textContent: "What might have stood here" + (branches() ? "; a click lets the reply go on from it" : "") }));
+      table.replaceChildren(make("caption", { textContent: "What might have stood here" + (branches() ? "; choose one, and the reply goes on from it" : "") }));
       const rows = t.top_logprobs.some(o => o.token === t.token) ? t.top_logprobs : [...t.top_logprobs, t];
       for (const o of rows)
         table.append(make("tr", { className: o.token === t.token ? "chosen" : "" },
           make("td", {}, o.token === t.token || !branches() ? visible(o.token) : onwards(m, i, o)), make("td", { textContent: percent(o.logprob) })));
       if (source.attention && !mute && m.prompt) look(m, i, looked);
+      table.scrollIntoView({ block: "nearest" });
     };
     box.append(b);
   }
-  into.append(box, table, looked);
+  into.append(box, make("div", { className: "beside" }, table, looked));
 }
 const branches = () => source.branches && !mute && !running;
 function onwards(m, i, o) {              // a button: the reply again, up to token i, then this one, and on
-  const b = make("button", { type: "button", textContent: visible(o.token), onclick: () => { if (!running) { $("text").focus(); answer(m.parent, [...m.tokens.slice(0, i), { ...m.tokens[i], ...o }]); } } });
+  const b = make("button", { type: "button", textContent: visible(o.token), onclick: () => { if (!running) { $("text").focus(); answer(m.parent, [...m.tokens.slice(0, i), { ...m.tokens[i], ...o }], m.prompt); } } });
   b.setAttribute("aria-label", `Go on with ${o.token}`);
   return b;
 }
@@ -277,12 +278,14 @@ const server = {
 };
 const source = window.source ?? server;
 function stop() { running?.abort(); }
-async function answer(parent, begun = []) {      // begun: tokens that the reply begins with
+async function answer(parent, begun = [], prompt) {      // begun: tokens that the reply begins with
   if (running || mute) return;
   chat.leaf = parent;
   const mine = chat, own = new AbortController(), said = line(), m = add("assistant", "", parent), began = performance.now();
   running = own;
   m.tokens = [...begun];
+  m.content = begun.map(t => t.token).join("");
+  m.prompt = prompt;
   m.seen = begun.length > 0;
   const body = { model: $("model").value || undefined, stream: true, stream_options: { include_usage: true }, logprobs: true, top_logprobs: 5,
     truncation: "auto", messages: said.map(({ role, content }) => ({ role, content })) };
@@ -305,6 +308,7 @@ async function answer(parent, begun = []) {      // begun: tokens that the reply
       if (e.error) throw new Error(e.error.message);
       forgotten = e.forgotten || forgotten;
       m.prompt = e.prompt || m.prompt;
+      m.content = e.begun ?? m.content;
       const c = e.choices[0];
       if (!c) continue;
       m.content += c.delta.content || "";
