@@ -96,7 +96,7 @@ def html(page):
         return text.replace(old, new)
     page = put(page, '<meta charset="utf-8">', f'<meta charset="utf-8">\n<meta http-equiv="Content-Security-Policy" content="{POLICY}">')
     page = put(page, "<title>tiny_llm</title>", '<title>Talk to it – tiny_llm</title>\n<meta name="description" content="A small language model that answers in your browser, token by token.">')
-    page = put(page, "<h1>tiny_llm</h1>", f'<h1><a href="{SITE}">tiny_llm</a>: talk to it</h1>')
+    page = put(page, "<h1>tiny_llm</h1>", f'<h1><a href="{SITE}">tiny_llm</a><span class="roomy">: talk to it</span></h1>')
     page = put(page, '<script src="chat.js" defer>', '<script src="talk.js" defer></script>\n<script src="chat.js" defer>')
     return put(page, "This page needs JavaScript; the API at /v1 does not.", "This page needs JavaScript: the model runs in your browser.")
 

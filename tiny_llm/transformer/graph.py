@@ -179,7 +179,7 @@ def _attend(g, x, i, attn, cos, sin, may, cfg, out=None):
     o = g("Reshape", g("Transpose", o, perm=[0, 2, 1, 3]), g.ints(0, 0, H * D))
     return _product(g, o, f"{i}.out", attn.out)
 
-# %% ../../nbs/1_transformer/12_graph.ipynb #d81ada65
+# %% ../../nbs/1_transformer/12_graph.ipynb #e6c3b011
 def _values(cfg, attention):
     "(inputs, outputs) of the graph: [(name, kind, shape)]; a dimension with a name is free."
     new, S = ["batch_size", "sequence_length"], "past_sequence_length + sequence_length"
@@ -193,6 +193,7 @@ def _values(cfg, attention):
     shares = [(f"attentions.{i}", 1, [new[0], cfg.n_heads, new[1], S]) for i in range(cfg.n_layers)]
     return inputs, outputs + (shares if attention else [])
 
+# %% ../../nbs/1_transformer/12_graph.ipynb #d81ada65
 @torch.no_grad()
 def onnx_graph(
     model,                     # Transformer

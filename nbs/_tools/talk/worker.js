@@ -111,7 +111,7 @@ function fit(messages, room) {           // [ids, how many of the oldest message
 async function reply(id, body) {
   const ctx = cfg.max_position_embeddings, most = body.max_tokens ?? usual.max_new_tokens ?? 200, heat = body.temperature ?? usual.temperature ?? 0.8;
   const [prompt, forgotten] = fit(body.messages, Math.min(most, ctx >> 1)), random = randoms(body.seed), words = decoder();
-  const token = (i, logp) => ({ id: i, token: tok.piece(i), logprob: Math.max(logp[i], -9999) });
+  const token = (i, logp) => ({ id: i, token: tok.piece(i), logprob: Math.max(logp[i], -9999), ...(tok.marks.has(i) ? { mark: true } : {}) });
   const event = (content, rest = {}) => tell(id, { event: { choices: [{ delta: { content }, ...rest }] } });
   const begun = body.begun ?? [];
   tell(id, { event: { prompt, forgotten, begun: begun.map(i => words.decode(tok.bytes(i), { stream: true })).join(""), choices: [] } });

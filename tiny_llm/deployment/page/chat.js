@@ -118,7 +118,7 @@ function xray(m, into) {
       const rows = t.top_logprobs.some(o => o.token === t.token) ? t.top_logprobs : [...t.top_logprobs, t];
       for (const o of rows)
         table.append(make("tr", { className: o.token === t.token ? "chosen" : "" },
-          make("td", {}, o.token === t.token || !branches() ? visible(o.token) : onwards(m, i, o)), make("td", { textContent: percent(o.logprob) })));
+          make("td", {}, o.token === t.token || o.mark || !branches() ? visible(o.token) : onwards(m, i, o)), make("td", { textContent: percent(o.logprob) })));
       if (source.attention && !mute && m.prompt) look(m, i, looked);
       table.scrollIntoView({ block: "nearest" });
     };
@@ -396,6 +396,7 @@ async function list() {
     if (source === server) return;
     mute = true;                         // no reply can be had: what was recorded is shown, what was kept can be read
     for (const name of ["text", "send"]) $(name).disabled = true;
+    $("model").hidden = true;
     if (e.recorded) chat = e.recorded;
     draw();
   }
