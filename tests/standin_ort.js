@@ -12,6 +12,8 @@ export class Tensor {
 const same = (a, b, what) => { if (JSON.stringify(a) !== JSON.stringify(b)) throw new Error(`${what}: ${JSON.stringify(a)} instead of ${JSON.stringify(b)}`); };
 const numbers = tensor => Array.from(tensor.data, Number);
 
+const runs = new BroadcastChannel("runs");
+
 export class InferenceSession {
   static async create(graph, options) {
     same(env.wasm.numThreads, 1, "threads");
@@ -27,6 +29,7 @@ export class InferenceSession {
   async run(feeds, wanted) {
     const { links, layers, heads, kv, dim, rows, wait } = this.it;
     await new Promise(go => setTimeout(go, wait));
+    runs.postMessage(1);
     same(Object.keys(feeds).sort(), [...this.inputNames].sort(), "inputs");
     const ids = numbers(feeds.input_ids), T = ids.length, out = {};
     let all = null;

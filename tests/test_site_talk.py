@@ -19,7 +19,7 @@ from serving import LOOP, SAID, dictated
 from test_chat_browser import FLAGS, WAIT, chromium
 from tiny_llm.basics import UserError
 from tiny_llm.deployment.export import OnnxRuntime
-from tiny_llm.text.tokenizer import train_tokenizer
+from tiny_llm.text.tokenizer import pretokenize
 from tiny_llm.training.folder import load, save
 
 pytestmark = [pytest.mark.timeout(300), pytest.mark.usefixtures("one_thread")]
@@ -125,6 +125,7 @@ def test_type_stream_stop_regenerate_edit_reload(page, site, tmp_path):
     assert "60 tokens" in page.locator(".assistant .actions").inner_text()
     shot("2_said")
 
+    page.evaluate("() => { window.runs = 0; new BroadcastChannel('runs').onmessage = () => { window.runs++ } }")
     choose(page, max_tokens=900)                              # stopped in the middle
     say(page, "And then?")
     until(lambda: len(bubbles(page)) == 2 and len(bubbles(page)[-1]) > 150)
@@ -133,7 +134,10 @@ def test_type_stream_stop_regenerate_edit_reload(page, site, tmp_path):
     settle(page)
     part = bubbles(page)[-1]
     assert "stopped" in page.locator(".assistant .actions").last.inner_text() and part.startswith(PLAIN)
-    time.sleep(0.2)
+    time.sleep(0.1)
+    runs = page.evaluate("window.runs")                       # the stand-in says when it computes
+    time.sleep(0.3)
+    assert page.evaluate("window.runs") == runs and (runs > 30 or site.real), "the model goes on"
     assert bubbles(page)[-1] == part and page.evaluate("document.activeElement.id") == "text"
 
     choose(page, temperature=3, max_tokens=40, seed=1)        # another reply; the first stays within reach
@@ -353,15 +357,16 @@ def test_the_tokenizer_in_the_page_is_ours(page, site):
     "tokenizer.js against tokenizers: ids, pieces, and conversations in which marks were typed."
     page.goto(site.url)
     texts, tok = odd_texts(2000), site.tok
-    ask = """async asked => { const { Tokenizer, decoder } = await import('./tokenizer.js');
+    ask = """async asked => { const { Tokenizer, PATTERN, decoder } = await import('./tokenizer.js');
         const tok = new Tokenizer(await (await fetch('model/tokenizer.json')).json());
         const text = ids => { const d = decoder(); return ids.map(i => d.decode(tok.bytes(i), { stream: true })).join('') + d.decode() };
-        return JSON.stringify([asked.texts.map(t => tok.encode(t)), asked.texts.map(t => text(tok.encode(t))), asked.chats.map(c => tok.prompt(c)), asked.ids.map(i => tok.piece(i))]) }"""
+        return JSON.stringify([asked.texts.map(t => tok.encode(t)), asked.texts.map(t => text(tok.encode(t))), asked.chats.map(c => tok.prompt(c)), asked.ids.map(i => tok.piece(i)),
+            asked.texts.map(t => [...t.matchAll(PATTERN)].map(m => m[0]))]) }"""
     chats = [[dict(role=role, content=t) for role, t in zip(("system", "user", "assistant", "user")[k % 2:], texts[4 * k:])] for k in range(40)]
-    ids, back, prompts, pieces = json.loads(page.evaluate(ask, dict(texts=texts, chats=chats, ids=list(range(len(tok))))))
+    ids, back, prompts, pieces, chunks = json.loads(page.evaluate(ask, dict(texts=texts, chats=chats, ids=list(range(len(tok))))))
     with_marks = [t for t in texts if "<|" not in t]
     assert [i for t, i in zip(texts, ids) if "<|" not in t] == [tok.encode(t) for t in with_marks] and len(with_marks) > 1000
-    assert back == texts
+    assert back == texts and chunks == [pretokenize(t) for t in texts]
     marks = set(tok.specials.values())
     assert not any(marks & set(i) for i in ids), "a typed mark has become one"
     assert prompts == [tok.prompt(c) for c in chats]
