@@ -1,4 +1,4 @@
--- What every page of the site gets, from one place: a line to download and run its notebook, numbered equations, tables and formulas
+-- What every page of the site gets, from one place: a line to download and run its notebook, one that names what it exports, numbered equations, tables and formulas
 -- that scroll by themselves, links to equations, places to link to at exported functions, links within the site that stay on the host one is on.
 -- Quarto says which notebook it renders; without Quarto (tests/test_site.py) the metadata `notebook` does.
 local notebook, run, home = nil, {}, nil
@@ -61,6 +61,17 @@ local function defined(code)
 end
 
 
+-- What a reader can import: the public functions and classes, `Run.plot` where one is patched into a class; each with the place to link to.
+local exported = {}
+local function export(code)
+  for line in code:gmatch("[^\n]+") do
+    local name = line:match("^class%s+([%w_]+)") or line:match("^def%s+([%w_]+)") or line:match("^async%s+def%s+([%w_]+)")
+    local of = line:match("^[async ]*def%s+[%w_]+%(self:%s*([%w_]+)")
+    if name and name:sub(1, 1) ~= "_" then exported[#exported + 1] = {(of and of .. "." or "") .. name, name:lower()} end
+  end
+end
+
+
 local function places(doc)
   local taken = {}
   doc:walk{
@@ -76,6 +87,7 @@ local function places(doc)
     end
     if el.attributes["code-summary"] ~= "Exported source" then return end
     el.attributes["code-summary"] = module() or el.attributes["code-summary"]
+    export(el.text)
     local marks = pandoc.Inlines{}
     for _, name in ipairs(defined(el.text)) do
       if not taken[name] then marks:insert(pandoc.Span({}, {id = name})) end
@@ -133,6 +145,14 @@ local function launch(doc)
   local first = "!pip install git+https://github.com/" .. run.repo .. "@" .. run.version
   local note = pandoc.Inlines{pandoc.Str("Version " .. run.version .. ". In Colab, run this first: "), pandoc.Code(first)}
   doc.blocks:insert(1, pandoc.Div({pandoc.Para(links), pandoc.Para(note)}, {class = "launch"}))
+  if #exported > 0 then
+    local names = pandoc.Inlines{pandoc.Str("Exports "), pandoc.Code(module()), pandoc.Str(": ")}
+    for i, found in ipairs(exported) do
+      if i > 1 then names:extend{pandoc.Str(","), pandoc.Space()} end
+      names:insert(pandoc.Link({pandoc.Code(found[1])}, "#" .. found[2]))
+    end
+    doc.blocks:insert(2, pandoc.Div({pandoc.Para(names)}, {class = "exports"}))
+  end
   return doc
 end
 

@@ -6,6 +6,8 @@ import json, re, time
 
 import pytest
 
+from pages import act, bubbles, choose, contrast, nameless, say, settle, until
+
 pytest.importorskip("fastapi", reason="the extra serve is not installed: pip install 'tiny_llm[serve]'")
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
 from serving import LOOP, OTHER, SAID, Served, folders
@@ -49,43 +51,6 @@ def page(browser, server):
     assert not wrong, wrong
     assert page.evaluate("() => window.hacked") is None
     context.close()
-
-
-def until(done, seconds=60):
-    end = time.monotonic() + seconds
-    while not (found := done()):
-        assert time.monotonic() < end, f"it did not happen in {seconds} s"
-        time.sleep(0.03)
-    return found
-
-
-def bubbles(page, who="assistant"): return [t.strip() for t in page.locator(f".message.{who} .bubble").all_inner_texts()]
-
-def settle(page): page.wait_for_selector("#send:not([hidden])")
-
-def choose(page, **settings):
-    "Settings, by the dialog."
-    page.click("#settings")
-    for name, value in settings.items(): page.fill(f"#fields [name={name}]", str(value))
-    page.click("#fields button[type=submit]")
-    page.wait_for_selector("#dialog", state="hidden")
-
-def say(page, text):
-    page.fill("#text", text)
-    page.press("#text", "Enter")
-
-def act(page, name, who="assistant", nth=-1): page.locator(f".message.{who} .actions button", has_text=re.compile(f"^{name}$")).nth(nth).click()
-
-
-def contrast(page, selector):
-    "The smallest ratio of contrast between the text of elements and the ground that they stand on."
-    return page.evaluate("""selector => {
-        const parse = c => c.match(/[\\d.]+/g).map(Number), light = c => { const [r, g, b] = parse(c).map(v => (v /= 255) <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4);
-            return .2126 * r + .7152 * g + .0722 * b };
-        const ground = e => { for (; e; e = e.parentElement) { const c = getComputedStyle(e).backgroundColor, p = parse(c); if (p.length < 4 || p[3] > 0) return c } return 'rgb(255, 255, 255)' };
-        const ratios = [...document.querySelectorAll(selector)].filter(e => e.offsetParent && e.innerText?.trim()).map(e => {
-            const [a, b] = [light(getComputedStyle(e).color), light(ground(e))].sort((x, y) => y - x); return (a + .05) / (b + .05) });
-        return Math.min(...ratios) }""", selector)
 
 
 @pytest.mark.timeout(300)
@@ -273,9 +238,7 @@ def test_keyboard_alone(page, tmp_path):
     page.keyboard.press("Escape")
     settle(page)
     page.screenshot(path=tmp_path/"11_keyboard.png")
-    nameless = page.evaluate("""() => [...document.querySelectorAll('button, input, select, textarea')].filter(e =>
-        !(e.labels?.length || e.getAttribute('aria-label') || e.textContent.trim())).map(e => e.outerHTML)""")
-    assert not nameless, nameless
+    assert not nameless(page), nameless(page)
 
 
 @pytest.mark.timeout(300)

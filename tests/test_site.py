@@ -11,6 +11,7 @@ import course
 from house import NBS, ROOT, code_cells, copy_tree, notebooks, number, page as place, python, read, run, source
 from run_notebook import directives, settings
 
+BUILT = {"talk/index.html"}               # pages that are no notebooks: nbs/_tools/talk.py writes them; test_site_talk.py
 pages = [place(p) for p in notebooks()]   # 1_transformer/06_model.ipynb
 every = pytest.mark.parametrize("page", pages, ids=lambda n: n.removesuffix(".ipynb"))
 config = yaml.safe_load((ROOT/"_quarto.yml").read_text(encoding="utf-8"))
@@ -115,7 +116,7 @@ def test_sidebar_is_made_from_the_notebooks():
     old = (ROOT/"_quarto.yml").read_text(encoding="utf-8")
     assert "# sidebar: made by" in old and course.quarto_yml(old) == old, "run `python nbs/_tools/course.py`"
     links = [i["href"] for side in config["website"]["navbar"].values() for i in side]
-    assert all(link.startswith("https://") or (NBS/link).is_file() for link in links)
+    assert all(link.startswith("https://") or (NBS/link).is_file() for link in links if link not in BUILT) and BUILT <= set(links)
 
 
 def test_quarto_settings_agree_with_settings_ini():
@@ -186,6 +187,7 @@ def test_links(site, page):
         else: path, _, anchor = target.partition("#")
         path = os.path.normpath(os.path.join("" if target.startswith(home) else here, path)).replace(os.sep, "/") if path else ""
         name = {page_file(n): n for n in pages}.get(path, path) if path else page
+        if name in BUILT: continue
         if name in pages: bad += [target] if anchor and f'id="{anchor}"' not in site.html[name] else []
         elif not (site.top/name).is_file(): bad.append(target)
     assert not bad
@@ -204,6 +206,43 @@ def test_a_page_offers_its_notebook(site, page):
     assert f"Version {version}" in found[0] and f"github.com/{repo}@{version}" in found[0]
 
 
+@every
+def test_a_page_names_its_time_what_comes_before_and_what_it_exports(site, page):
+    "The first two in the opening; the third in a line that page.lua writes, with a link to each public function and class."
+    if page == "index.ipynb": return
+    opening = visible(re.split(r"<h2", site.html[page])[0])
+    assert "Time:" in opening and (page in ("00_first_model.ipynb", "01_basics.ipynb") or "Before this:" in opening)
+    exported = "\n".join(s for c in code_cells(read(NBS/page)) if {"exports", "export"} & set(directives(s := source(c))))
+    names = re.findall(r"^(?:async )?(?:def|class) ([A-Za-z]\w*)", exported, re.M)
+    found = re.search(r'<div class="exports">.*?</div>', site.html[page], re.S)
+    assert bool(found) == bool(names)
+    if not names: return
+    assert f"tiny_llm.{course.notebook(NBS/page).module}" in visible(found[0])
+    assert re.findall(r'href="#([^"]+)"', found[0]) == [n.lower() for n in names]
+    assert [n.rpartition(".")[2] for n in visible(found[0]).partition(": ")[2].split(", ")][-1].strip() == names[-1]
+
+
+@every
+def test_cells_that_draw_fold_on_the_site(site, page):
+    "A cell with a figure shows it, and its code on demand; the few lines that a reader should see stay open."
+    cells = [c for c in site.nb[page]["cells"] if c["cell_type"] == "code" and any("image/png" in o.get("data", {}) for o in c["outputs"])]
+    for c in cells:
+        code = [line for line in "".join(c["source"]).splitlines() if line.strip() and not line.startswith("#|")]
+        assert option(c, "code-fold") == "true" or option(c, "echo") == "false" or len(code) <= 3, option(c, "label")
+
+
+def test_llms_txt(site, tmp_path):
+    "Every page with its blurb, at an address that exists; the form of llmstxt.org."
+    python(f"import sys; sys.path.insert(0, 'nbs/_tools'); sys.argv[1:] = ['--llms', {str(tmp_path/'llms.txt')!r}]; import course; course.main()", ROOT, 60)
+    text = (tmp_path/"llms.txt").read_text(encoding="utf-8")
+    assert text.startswith("# tiny_llm\n\n> ") and re.findall(r"^## (.*)", text, re.M) == ["Start", *course.PARTS.values(), "Optional"]
+    links = re.findall(r"^- \[(.+?)\]\((\S+)\): (.+)", text, re.M)
+    home = config["website"]["site-url"] + "/"
+    paths = [target.removeprefix(home) for _, target, _ in links if target.startswith(home)]
+    assert sorted(paths) == sorted([*map(page_file, pages), *BUILT]) and len(links) == len(paths) + 1
+    assert all(n.blurb in text for n in course.course()) and "`tiny_llm.training.train`: " in text
+
+
 def test_first_screen(site):
     "nbdev makes the front matter out of the first cell, so what a visitor should read first stands in the second: the promise and the two commands."
     text = visible(re.split(r"<h2|<h3|<figure|<img", site.html["index.ipynb"])[0])
@@ -220,14 +259,16 @@ def test_after_rendering(tmp_path):
     proc, nbs = tmp_path/"_proc", tmp_path/"nbs"
     for d in (proc/"_docs"/"3_training", nbs/"3_training"): d.mkdir(parents=True)
     (nbs/"3_training"/"05_train.ipynb").write_text("{}")
-    (proc/"_docs"/"3_training"/"train.html").write_text(f'{inside}\n{far}<a href="../download/3_training/05_train.ipynb">x</a>')
-    (proc/"_docs"/"index.html").write_text("<p>nothing</p>")
+    talk = "".join(f'<a href="{at}talk/index.html">Talk to it</a>' for at in ("/", "./", "../", ""))
+    (proc/"_docs"/"3_training"/"train.html").write_text(f'{inside}\n{far}<a href="../download/3_training/05_train.ipynb">x</a>{talk}')
+    (proc/"_docs"/"index.html").write_text(f"<p>nothing</p>{talk}")
     pages_made = os.linesep.join(["_docs/3_training/train.html", "_docs/index.html", "_docs/search.json"])
     args = ["pandoc", "--from", "markdown", "--to", "plain", "--lua-filter", NBS/"after.lua"]
     import pypandoc
     subprocess.run([pypandoc.get_pandoc_path(), *map(str, args[1:])], input="", cwd=proc, text=True, check=True, timeout=60,
                    env={**os.environ, "QUARTO_PROJECT_OUTPUT_FILES": pages_made, "QUARTO_PROJECT_OUTPUT_DIR": str(proc/"_docs")})
-    assert (proc/"_docs"/"3_training"/"train.html").read_text() == f'{inside}\n<a href="../download/3_training/05_train.ipynb">x</a>'
+    assert (proc/"_docs"/"3_training"/"train.html").read_text() == f'{inside}\n<a href="../download/3_training/05_train.ipynb">x</a>' + 4 * '<a href="../talk/index.html">Talk to it</a>'
+    assert (proc/"_docs"/"index.html").read_text() == "<p>nothing</p>" + 4 * '<a href="talk/index.html">Talk to it</a>'
     assert (proc/"_docs"/"download"/"3_training"/"05_train.ipynb").read_text() == "{}"
 
 

@@ -1,15 +1,17 @@
 """The course as its notebooks describe it: numbers, titles, what to read before, times, exports.
 
-README's tables and the site's sidebar are made from it.
+README's tables, the site's sidebar and its llms.txt are made from it.
 
     python nbs/_tools/course.py           # write the sidebar into _quarto.yml
     python nbs/_tools/course.py --check   # write nothing; exit code 1 if it would change
+    python nbs/_tools/course.py --llms FILE   # write the site's llms.txt: what programs that read for a language model look for
 
 The opening of a notebook is the source: `# Title`, `> blurb`, the line
 `**Before this:** [1.02 attention](02_attention.ipynb). **Time:** 25 minutes to read, 20 s to run.`
 and for a deep dive the sentence `A deep dive: what follows does not need it.`
 """
 import argparse, json, os, re, sys
+from configparser import ConfigParser
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -154,6 +156,36 @@ def sidebar():
     return "\n".join(lines) + "\n"
 
 
+def page_of(n):
+    "1_transformer/06_model.ipynb -> 1_transformer/model.html"
+    folder, _, file = n.path.rpartition("/")
+    return f"{folder}/{file.removesuffix('.ipynb').split('_', 1)[1]}.html".removeprefix("/")
+
+
+def llms():
+    "The site's llms.txt (llmstxt.org): a title, what it is, and a link for each notebook; deep dives stand under Optional."
+    c = ConfigParser(delimiters=["="])
+    c.read(NBS.parent/"settings.ini", encoding="utf-8")
+    c = c["DEFAULT"]
+    site, all_of = f"{c['doc_host']}{c['doc_baseurl']}", course()
+
+    def entry(n):
+        names = ", ".join(f"`{name}`" for name in public_names(n))
+        module = "" if n.module == "first_model" else f" Module `tiny_llm.{n.module}`{names and ': ' + names}."
+        return f"- [{n.number} {n.title}]({site}/{page_of(n)}): {n.blurb}{module}"
+
+    lines = [f"# {c['title']}", "", f"> {c['description']}.", "",
+             "Each notebook derives its formulas, checks them in cells, and exports one module of the Python package `tiny_llm`. "
+             "A notebook uses nothing from one with a higher number.", "",
+             "## Start", "", f"- [What it is]({site}/index.html): the promise, the commands, the course",
+             f"- [Talk to it]({site}/talk/index.html): a model that answers in the browser", f"- [Source]({c['git_url']}): the notebooks and the package"]
+    lines += [entry(n) for n in all_of if "/" not in n.path]
+    for folder, name in PARTS.items():
+        lines += ["", f"## {name}", "", *(entry(n) for n in all_of if n.path.startswith(folder + "/") and not n.deep)]
+    lines += ["", "## Optional", "", *(entry(n) for n in all_of if n.deep)]
+    return "\n".join(lines) + "\n"
+
+
 def quarto_yml(old):
     "_quarto.yml with its sidebar made anew."
     between = r"(?<=# sidebar: made by nbs/_tools/course.py\n).*?(?=^ *# end of sidebar)"
@@ -163,7 +195,10 @@ def quarto_yml(old):
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--check", action="store_true", help="write nothing; exit code 1 if it would change")
-    check, path = p.parse_args().check, NBS.parent/"_quarto.yml"
+    p.add_argument("--llms", metavar="FILE", help="write the site's llms.txt there, and nothing else")
+    a = p.parse_args()
+    if a.llms: return Path(a.llms).write_text(llms(), encoding="utf-8", newline="\n")
+    check, path = a.check, NBS.parent/"_quarto.yml"
     old = path.read_text(encoding="utf-8")
     new = quarto_yml(old)
     if new != old:

@@ -102,4 +102,7 @@ MUTANTS = [
     ("transformer.graph", "if b.parallel else y, 2)", "if False else y, 2)", "parallel halves stand one behind the other"),
     ("transformer.graph", "return g(\"And\", may, g(\"Unsqueeze\", g(\"Cast\", \"attention_mask\", to=_BOOL), g.ints(1, 2)))", "return may", "padding is looked at"),
     ("transformer.graph", "y if layer.bias is None else g(\"Add\", y, g.hold(f\"{name}.bias\", layer.bias))", "y", "biases are lost"),
+    ("transformer.graph", "past, self.shares = rest[:len(shapes)], rest[len(shapes):]", "past, self.shares = rest, rest[len(shapes):]", "the shares of attention are given back as a cache"),
+    ("transformer.graph", "[new[0], cfg.n_heads, new[1], S]", "[new[0], cfg.n_heads, new[1], new[1]]", "the shares are declared as long as the new tokens"),
+    ("transformer.graph", "return inputs, outputs + (shares if attention else [])", "return inputs, outputs + shares", "the shares are outputs, asked for or not"),
 ]

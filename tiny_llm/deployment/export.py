@@ -472,6 +472,7 @@ def write_onnx(
     folder,              # the new folder
     weights=None,        # f32 or int8; None: both
     about=None,          # dict: the card's header, as for `save`
+    attention=False,     # the graphs tell what each head looks at: (1.12.2)
 ) -> Path:
     "Write a folder that onnxruntime runs and transformers.js opens."
     kinds = FORMATS["onnx"] if weights is None else (weights,)
@@ -482,7 +483,8 @@ def write_onnx(
         for name in ("model.safetensors", "SHA256SUMS"):
             (part / name).unlink()
         for kind in kinds:
-            write_file(part / "onnx" / ONNX_FILES[kind], onnx_graph(model, kind == "int8").SerializeToString())
+            graph = onnx_graph(model, kind == "int8", attention)
+            write_file(part / "onnx" / ONNX_FILES[kind], graph.SerializeToString())
         _head_of_card(part, library_name="transformers.js")
     return Path(folder)
 

@@ -162,8 +162,8 @@ def _may_look(g, window):
     return g("And", may, g("Unsqueeze", g("Cast", "attention_mask", to=_BOOL), g.ints(1, 2)))
 
 # %% ../../nbs/1_transformer/12_graph.ipynb #486168da
-def _attend(g, x, i, attn, cos, sin, may, cfg):
-    "The attention half of block i."
+def _attend(g, x, i, attn, cos, sin, may, cfg, out=None):
+    "The attention half of block i; `out`: the name under which it tells its shares."
     H, K, D = cfg.n_heads, cfg.n_kv_heads, cfg.head_dim
     qkv = g("Reshape", _product(g, x, f"{i}.qkv", attn.qkv), g.ints(0, 0, H + 2 * K, D))
     q, k, v = g("Split", qkv, g.ints(H, K, K), n=3, axis=2)
@@ -174,13 +174,13 @@ def _attend(g, x, i, attn, cos, sin, may, cfg):
             for name, t in (("key", k), ("value", v)))
     q = g("Reshape", g("Mul", q, g.real(D ** -0.5)), g.ints(0, K, -1, D))      # heads of a group beneath one another
     scores = g("Reshape", g("MatMul", q, g("Transpose", k, perm=[0, 1, 3, 2])), g.ints(0, H, -1, 0))
-    share = g("Softmax", g("Where", may, scores, g.real(float(np.finfo(np.float32).min))), axis=-1)
+    share = g("Softmax", g("Where", may, scores, g.real(float(np.finfo(np.float32).min))), out=out, axis=-1)
     o = g("Reshape", g("MatMul", g("Reshape", share, g.ints(0, K, -1, 0)), v), g.ints(0, H, -1, D))
     o = g("Reshape", g("Transpose", o, perm=[0, 2, 1, 3]), g.ints(0, 0, H * D))
     return _product(g, o, f"{i}.out", attn.out)
 
-# %% ../../nbs/1_transformer/12_graph.ipynb #d81ada65
-def _values(cfg):
+# %% ../../nbs/1_transformer/12_graph.ipynb #240c643e
+def _values(cfg, attention):
     "(inputs, outputs) of the graph: [(name, kind, shape)]; a dimension with a name is free."
     new, S = ["batch_size", "sequence_length"], "past_sequence_length + sequence_length"
     inputs = [("input_ids", 7, new), ("attention_mask", 7, ["batch_size", S]), ("position_ids", 7, new)]
@@ -190,13 +190,16 @@ def _values(cfg):
             shape = ["batch_size", cfg.n_kv_heads, None, cfg.head_dim]
             inputs.append((f"past_key_values.{i}.{name}", 1, [*shape[:2], "past_sequence_length", shape[3]]))
             outputs.append((f"present.{i}.{name}", 1, [*shape[:2], S, shape[3]]))
-    return inputs, outputs
+    shares = [(f"attentions.{i}", 1, [new[0], cfg.n_heads, new[1], S]) for i in range(cfg.n_layers)]
+    return inputs, outputs + (shares if attention else [])
 
+# %% ../../nbs/1_transformer/12_graph.ipynb #d81ada65
 @torch.no_grad()
 def onnx_graph(
-    model,                # Transformer
-    int8: bool = False,   # products of whole numbers
-):                        # onnx.ModelProto
+    model,                     # Transformer
+    int8: bool = False,        # products of whole numbers
+    attention: bool = False,   # the shares of every head are outputs too
+):                             # onnx.ModelProto
     "The model as a graph of standard operations (opset 17), checked by the library."
     c, g, helper = model.cfg, Graph(int8), _onnx("onnx.helper")
     if (c.rope_scaling or {}).get("rope_type") == "dynamic":
@@ -206,7 +209,8 @@ def onnx_graph(
     may = _may_look(g, c.window)
     for i, b in enumerate(model.blocks):
         def norm(y, which): return _norm(g, y, f"{i}.norm{which}", (b.norm1, b.norm2)[which - 1])
-        def attend(y): return _attend(g, y, i, b.attn, cos, sin, may, c)
+        told = f"attentions.{i}" if attention else None
+        def attend(y): return _attend(g, y, i, b.attn, cos, sin, may, c, told)
         if b.post:
             x = norm(g("Add", x, attend(x)), 1)
             x = norm(g("Add", x, _feed(g, x, f"{i}.ffn", b.ffn, c)), 2)
@@ -215,7 +219,7 @@ def onnx_graph(
             x = g("Add", y, _feed(g, norm(x if b.parallel else y, 2), f"{i}.ffn", b.ffn, c))
     head = _product(g, _norm(g, x, "norm", model.norm), "head", model.head, "embed" if c.tied else None)
     g("Identity", head, out="logits")
-    inputs, outputs = ([helper.make_tensor_value_info(*v) for v in values] for values in _values(c))
+    inputs, outputs = ([helper.make_tensor_value_info(*v) for v in values] for values in _values(c, attention))
     graph = helper.make_graph(g.nodes, "tiny_llm", inputs, outputs, list(g.held.values()))
     made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8, producer_name="tiny_llm")
     if made.ByteSize() >= 2 ** 31: raise UserError("an ONNX file holds 2 GB at most; export as gguf or hf")
@@ -234,7 +238,7 @@ class OnnxSession:
         graph = graph.SerializeToString() if hasattr(graph, "SerializeToString") else str(graph)
         try: self.session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
         except Exception as e: raise UserError(f"onnxruntime does not open the graph ({str(e)[:200]})") from None
-        self.inputs = [(i.name, i.shape) for i in self.session.get_inputs()]
+        self.inputs, self.shares = [(i.name, i.shape) for i in self.session.get_inputs()], []
 
     def run(self,
         ids,             # (B, T) int64 array
@@ -242,12 +246,13 @@ class OnnxSession:
         mask=None,       # (B, S) int64 array, 0 at padding; None: all are tokens
         positions=None,  # (B, T) int64 array; None: those behind the past
     ) -> tuple:          # (logits (B, T, V), list of arrays)
-        "One step of the graph."
+        "One step of the graph; `shares` then holds those of its heads, where the graph tells them."
         (B, T), S = ids.shape, past[0].shape[2] if past else 0
         shapes = [shape for name, shape in self.inputs if name.startswith("past_")]
         past = past or [np.zeros((B, shape[1], 0, shape[3]), np.float32) for shape in shapes]
         mask = np.ones((B, S + T), np.int64) if mask is None else mask
         positions = np.tile(np.arange(S, S + T), (B, 1)) if positions is None else positions
         given = dict(zip((name for name, _ in self.inputs), (ids, mask, positions, *past)))
-        logits, *past = self.session.run(None, given)
+        logits, *rest = self.session.run(None, given)
+        past, self.shares = rest[:len(shapes)], rest[len(shapes):]
         return logits, past

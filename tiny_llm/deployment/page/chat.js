@@ -10,7 +10,7 @@ const make = (tag, props = {}, ...inside) => {
 
 // What is kept: conversations, each a tree of messages (a message knows its parent) with a leaf; and settings.
 const read = (name, other) => { try { return JSON.parse(localStorage.getItem(name)) ?? other; } catch { return other; } };
-let chats = read(KEPT, []), settings = read(CHOSEN, {}), chat = null, running = null, models = [];
+let chats = read(KEPT, []), settings = read(CHOSEN, {}), chat = null, running = null, mute = false;
 if (!Array.isArray(chats)) chats = [];
 
 function keep() {
@@ -106,23 +106,65 @@ function ground(logprob) {
 }
 function xray(m, into) {
   into.replaceChildren();
-  const box = make("div", { className: "xray" }), table = make("table", { className: "others" });
-  for (const t of m.tokens || []) {
+  const box = make("div", { className: "xray" }), table = make("table", { className: "others" }), looked = make("div", { className: "looked" });
+  for (const [i, t] of (m.tokens || []).entries()) {
     const b = make("button", { type: "button", textContent: visible(t.token), title: percent(t.logprob) });
     b.setAttribute("aria-expanded", "false");
     b.setAttribute("aria-label", `${t.token}, ${percent(t.logprob)}`);
     b.style.background = ground(t.logprob);
     b.onclick = () => {
       for (const other of box.children) other.setAttribute("aria-expanded", String(other === b));
-      table.replaceChildren(make("caption", { textContent: "What might have stood here" }));
+      table.replaceChildren(make("caption", { textContent: "What might have stood here" + (branches() ? "; choose one, and the reply goes on from it" : "") }));
       const rows = t.top_logprobs.some(o => o.token === t.token) ? t.top_logprobs : [...t.top_logprobs, t];
       for (const o of rows)
         table.append(make("tr", { className: o.token === t.token ? "chosen" : "" },
-          make("td", { textContent: visible(o.token) }), make("td", { textContent: percent(o.logprob) })));
+          make("td", {}, o.token === t.token || o.mark || !branches() ? visible(o.token) : onwards(m, i, o)), make("td", { textContent: percent(o.logprob) })));
+      if (source.attention && !mute && m.prompt) look(m, i, looked);
+      table.scrollIntoView({ block: "nearest" });
     };
     box.append(b);
   }
-  into.append(box, table);
+  into.append(box, make("div", { className: "beside" }, table, looked));
+}
+const branches = () => source.branches && !mute && !running;
+function onwards(m, i, o) {              // a button: the reply again, up to token i, then this one, and on
+  const b = make("button", { type: "button", textContent: visible(o.token), onclick: () => { if (!running) { $("text").focus(); answer(m.parent, [...m.tokens.slice(0, i), { ...m.tokens[i], ...o }], m.prompt); } } });
+  b.setAttribute("aria-label", `Go on with ${o.token}`);
+  return b;
+}
+
+// Attention: the text before a token, on a ground that is the darker the more a head took from there.
+const shade = part => `rgb(${[244, 245, 247].map((c, i) => Math.round(c + ([255, 150, 40][i] - c) * Math.sqrt(part))).join(" ")})`;
+const share = x => percent(Math.log(x));
+async function look(m, i, into) {
+  const asked = into.asked = {};
+  let found;
+  into.replaceChildren(make("p", { textContent: "Looking …" }));
+  try { found = await source.attention([...m.prompt, ...m.tokens.map(t => t.id)], m.prompt.length + i - 1); }
+  catch (e) { return into.replaceChildren(make("p", { textContent: e.message })); }
+  if (into.asked !== asked) return;      // another token was clicked meanwhile
+  const heads = found.layers.flatMap((layer, l) => layer.map((row, h) => ({ name: `layer ${l + 1}, head ${h + 1}`, row })));
+  const mean = { name: "all heads, on average", row: found.pieces.map((_, k) => heads.reduce((sum, { row }) => sum + row[k], 0) / heads.length) };
+  const all = [mean, ...heads], choice = make("select"), text = make("div", { className: "xray", role: "img" }), table = make("table", { className: "others" });
+  const most = row => row.reduce((best, x, k) => x > row[best] ? k : best, 0);
+  choice.append(...all.map(({ name, row }, n) => make("option", { value: n, textContent: `${name}: ${share(row[most(row)])} at “${visible(found.pieces[most(row)])}”` })));
+  const draw = () => {
+    const { name, row } = all[choice.value];
+    settings.head = Number(choice.value);
+    text.replaceChildren(...found.pieces.map((piece, k) => {
+      const e = make("span", { textContent: visible(piece), title: share(row[k]) });
+      e.style.background = shade(row[k]);
+      return e;
+    }));
+    const first = [...row.keys()].sort((a, b) => row[b] - row[a]).slice(0, 5).filter(k => row[k] > 0);
+    text.setAttribute("aria-label", `The text before this token; ${name} took most from ${first.map(k => found.pieces[k]).join(", ")}`);
+    table.replaceChildren(make("caption", { textContent: "It took most from" }), ...first.map(k => make("tr", {},
+      make("td", { textContent: visible(found.pieces[k]) }), make("td", { textContent: share(row[k]) }), make("td", { textContent: `token ${k + 1}` }))));
+  };
+  choice.value = Math.min(settings.head || 0, all.length - 1);
+  choice.onchange = () => { draw(); keep(); };
+  into.replaceChildren(make("label", {}, "Where it looked before it wrote this: ", choice), text, table);
+  draw();
 }
 
 // Showing
@@ -135,10 +177,10 @@ function fill(m, bubble) {
 function show(m) {
   const bubble = make("div", { className: "bubble" }), actions = make("div", { className: "actions" });
   fill(m, bubble);
-  const busy = running !== null, same = siblings(m), k = same.indexOf(m);
+  const busy = running !== null || mute, same = siblings(m), k = same.indexOf(m);
   if (same.length > 1) {
     const go = d => () => { chat.leaf = lastBelow(same[k + d]).id; keep(); draw(); };
-    const before = action("‹", go(-1), { disabled: busy || k === 0 }), after = action("›", go(1), { disabled: busy || k === same.length - 1 });
+    const before = action("‹", go(-1), { disabled: running !== null || k === 0 }), after = action("›", go(1), { disabled: running !== null || k === same.length - 1 });
     before.setAttribute("aria-label", "Version before");
     after.setAttribute("aria-label", "Version after");
     actions.append(before, `${k + 1}/${same.length}`, after);
@@ -148,7 +190,7 @@ function show(m) {
   else {
     actions.append(action("Regenerate", () => answer(m.parent), { disabled: busy }));
     const x = action("X-ray", () => { m.seen = !m.seen; draw(); [...document.querySelectorAll(".message")].find(e => e.dataset.id === String(m.id))?.querySelector("[aria-pressed]")?.focus(); },
-      { disabled: busy || !m.tokens?.length });
+      { disabled: running !== null || !m.tokens?.length });
     x.setAttribute("aria-pressed", String(!!m.seen));
     actions.append(x);
     if (m.note) actions.append(m.note);
@@ -161,7 +203,11 @@ function show(m) {
 function draw() {
   const log = $("log"), low = log.scrollHeight - log.scrollTop - log.clientHeight < 60, shown = line();
   log.replaceChildren(...shown.map(show));
-  if (!shown.length) log.append(make("p", { className: "empty", textContent: "Say something to begin." }));
+  if (!shown.length) {
+    log.append(make("p", { className: "empty", textContent: source.about ?? "Say something to begin." }));
+    if (source.examples?.length && !mute)
+      log.append(make("p", { className: "examples" }, ...source.examples.map(t => action(t, () => { $("text").value = t; $("form").requestSubmit(); }))));
+  }
   if (low || running) log.scrollTop = log.scrollHeight;
   $("list").replaceChildren(...chats.filter(c => c.messages.length).map(c => {
     const open = action(c.title || "…", () => { stop(); chat = c; menu(false); draw(); $("text").focus(); });
@@ -210,7 +256,7 @@ async function* events(response) {       // the objects of a stream of server-se
     if (done) return;
   }
 }
-async function ask(body, signal) {
+async function ask(body, signal) {       // the response of the server, however often it must be asked
   for (let again = 0; ; again++) {
     const r = await fetch("/v1/chat/completions", { method: "POST", headers: heads(), body: JSON.stringify(body), signal });
     if (r.ok) return r;
@@ -221,16 +267,29 @@ async function ask(body, signal) {
     await new Promise((go, no) => { setTimeout(go, 1000 * wait); signal.addEventListener("abort", () => no(signal.reason)); });
   }
 }
+// Where replies come from: the server of this page, or what a script before this one has made (nbs/_tools/talk/talk.js: a model in the browser).
+const server = {
+  async models() {
+    const r = await fetch("/v1/models", { headers: heads() });
+    if (r.status === 401) { open(); throw new Error("This server needs an API key."); }
+    return (await r.json()).data;
+  },
+  async *reply(body, signal) { yield* events(await ask(body, signal)); },
+};
+const source = window.source ?? server;
 function stop() { running?.abort(); }
-async function answer(parent) {
-  if (running) return;
+async function answer(parent, begun = [], prompt) {      // begun: tokens that the reply begins with
+  if (running || mute) return;
   chat.leaf = parent;
   const mine = chat, own = new AbortController(), said = line(), m = add("assistant", "", parent), began = performance.now();
   running = own;
-  m.tokens = [];
-  m.seen = false;
+  m.tokens = [...begun];
+  m.content = begun.map(t => t.token).join("");
+  m.prompt = prompt;
+  m.seen = begun.length > 0;
   const body = { model: $("model").value || undefined, stream: true, stream_options: { include_usage: true }, logprobs: true, top_logprobs: 5,
     truncation: "auto", messages: said.map(({ role, content }) => ({ role, content })) };
+  if (begun.length) body.begun = begun.map(t => t.id);
   if (settings.system) body.messages.unshift({ role: "system", content: settings.system });
   for (const name of ["temperature", "top_p", "max_tokens", "seed"]) if (Number.isFinite(settings[name])) body[name] = settings[name];
   keep(); draw(); say("Writing …");
@@ -245,9 +304,11 @@ async function answer(parent) {
   };
   try {
     let reason = null, forgotten = 0;
-    for await (const e of events(await ask(body, own.signal))) {
+    for await (const e of source.reply(body, own.signal)) {
       if (e.error) throw new Error(e.error.message);
       forgotten = e.forgotten || forgotten;
+      m.prompt = e.prompt || m.prompt;
+      m.content = e.begun ?? m.content;
       const c = e.choices[0];
       if (!c) continue;
       m.content += c.delta.content || "";
@@ -255,7 +316,7 @@ async function answer(parent) {
       reason = c.finish_reason || reason;
       if (!waiting) { waiting = true; requestAnimationFrame(update); }
     }
-    const speed = m.tokens.length / (performance.now() - began) * 1000;
+    const speed = (m.tokens.length - begun.length) / (performance.now() - began) * 1000;
     m.note = `${m.tokens.length} tokens, ${speed.toFixed(0)} tokens/s` + (reason === "length" ? ", ended at the longest length" : "");
     say(forgotten ? `The context is full: the oldest ${forgotten} messages are forgotten.` : "");
   } catch (e) {
@@ -274,7 +335,7 @@ async function answer(parent) {
 $("form").onsubmit = e => {
   e.preventDefault();
   const text = $("text").value.trim();
-  if (!text || running) return;
+  if (!text || running || mute) return;
   if (!chats.includes(chat)) chats.unshift(chat);
   chat.title = chat.title || text.slice(0, 60);
   $("text").value = "";
@@ -305,7 +366,7 @@ $("theme").onclick = () => { settings.dark = document.documentElement.dataset.th
 const fields = $("fields");
 function open() {
   for (const name of ["system", "temperature", "top_p", "max_tokens", "seed"]) fields.elements[name].value = settings[name] ?? "";
-  fields.elements.key.value = sessionStorage.getItem(KEY) ?? "";
+  if (fields.elements.key) fields.elements.key.value = sessionStorage.getItem(KEY) ?? "";
   if (!$("dialog").open) $("dialog").showModal();
 }
 $("settings").onclick = open;
@@ -315,8 +376,8 @@ $("dialog").onclose = () => {
     const x = fields.elements[name];
     settings[name] = x.value === "" || !x.validity.valid ? undefined : Number(x.value);
   }
-  const key = fields.elements.key.value;
-  if (key !== (sessionStorage.getItem(KEY) ?? "")) { sessionStorage.setItem(KEY, key); list(); }
+  const key = fields.elements.key?.value;
+  if (key !== undefined && key !== (sessionStorage.getItem(KEY) ?? "")) { sessionStorage.setItem(KEY, key); list(); }
   keep();
 };
 $("forget").onclick = () => {
@@ -325,17 +386,25 @@ $("forget").onclick = () => {
 };
 async function list() {
   try {
-    const r = await fetch("/v1/models", { headers: heads() });
-    if (r.status === 401) { say("This server needs an API key.", true); return open(); }
-    models = (await r.json()).data;
+    const models = await source.models(say);
     $("model").replaceChildren(...models.map(m => make("option", { value: m.id, textContent: m.id })));
     if (models.some(m => m.id === settings.model)) $("model").value = settings.model;
-    say("");
-  } catch { say("The server does not answer.", true); }
+    say(running ? "Writing …" : "");
+    if (!chat.messages.length) draw();
+  } catch (e) {
+    say(e instanceof TypeError || e instanceof SyntaxError ? "The server does not answer." : e.message, true);
+    if (source === server) return;
+    mute = true;                         // no reply can be had: what was recorded is shown, what was kept can be read
+    for (const name of ["text", "send"]) $(name).disabled = true;
+    $("model").hidden = true;
+    if (e.recorded) chat = e.recorded;
+    draw();
+  }
 }
 $("model").onchange = () => { settings.model = $("model").value; keep(); };
 
 theme(settings.dark ?? matchMedia("(prefers-color-scheme: dark)").matches);
+if (source !== server) for (const e of document.querySelectorAll(".of-server")) e.remove();
 for (const c of chats) for (const m of c.messages || []) m.seen = false;
 chats = chats.filter(c => Array.isArray(c.messages) && c.messages.length);
 chat = chats[0] || fresh();
