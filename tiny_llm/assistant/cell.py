@@ -322,7 +322,8 @@ def _show(self: ChatCell, live=False, place=None):
     self.hint_row.layout.display = "none" if n else "flex"
     self.again.disabled = self.back.disabled = live or not n
     if not live:
-        short = [f"{i + 1} {_STYLES[m['role']][0]}: {printable(m['content'])[:24]}" for i, m in enumerate(s.turns)]
+        short = [f"{i + 1} {_STYLES[m['role']][0]}: {' '.join(printable(m['content'][:99]).split())[:24]}"
+                 for i, m in enumerate(s.turns)]
         self.place.options = list(zip(short, range(n)))
         self.place.value = None if not n else n - 1 if place is None else place
         self._keep()
