@@ -184,7 +184,8 @@ def _make_widgets(self: ChatCell):
     self.which = W.HTML()
     self.hints = [button("", "Say this") for _ in range(3)]
     self.copy = W.HTML(f'<button type="button" onclick="{COPY}" title="Copy the whole conversation" '
-                       'class="tiny-llm-copy jupyter-widgets jupyter-button widget-button">Copy all</button>', layout=flat)
+                       'style="width:auto" class="tiny-llm-copy jupyter-widgets jupyter-button widget-button">Copy all'
+                       '</button>', layout=flat)
     self._suggest()
 
 @patch
