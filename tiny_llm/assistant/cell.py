@@ -210,7 +210,7 @@ def _make_settings(self: ChatCell):
     self.penalty = slider(F, "repetition", s["repetition_penalty"], 1, 2, 0.05, "above 1: less of what was said")
     self.length = slider(I, "max tokens", min(s["max_tokens"], ctx), 1, ctx, 1, "the longest reply")
     self.min_p = slider(F, "min p", s["min_p"], 0, 1, 0.01, "keep what has this share of the likeliest token's")
-    self.presence = slider(F, "presence", s["presence_penalty"], -2, 2, 0.1, "above 0: less of what the reply has said")
+    self.presence = slider(F, "presence", s["presence_penalty"], -2, 2, 0.1, "above 0: less of what it has said")
     self.frequency = slider(F, "frequency", s["frequency_penalty"], -2, 2, 0.1, "the same, for each time it was said")
     text = self.session.system[0]["content"] if self.session.system else ""
     wide = dict(width="auto")

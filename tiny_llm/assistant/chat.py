@@ -320,6 +320,7 @@ def switch(self: ChatSession,
     self.stop()
     self.model, self.tok, self.forgotten = model, tok, 0
 
+# %% ../../nbs/4_assistant/06_chat.ipynb #44dd4830
 @patch
 def switch_to(self: ChatSession,
     folder,        # of a model, a run or an adapter

@@ -158,7 +158,7 @@ def steps_of(
 
 # %% ../../nbs/4_assistant/07_pipeline.ipynb #f00072a6
 def _text(stage, tok, ctx, quiet):
-    "(Tokenizer, Tokens or stream, what is held out; None: the stream has it, requests) of a stage; no `tok` in the first."
+    "(Tokenizer, Tokens or stream, what is held out; None: the stream has it, requests) of a stage; first: no `tok`."
     c = stage.config
     if stage.kind == "finetune": return tok, *to_learn(c.data, tok, ctx, None, (), c.limit, c.seed, quiet)
     how = c.limit, c.seed, c.column

@@ -367,7 +367,7 @@ def sampling_options(
     repetition_penalty: float = None,  # above 1: what has appeared becomes less likely; left out: the folder's, or 1
     presence_penalty: float = None,    # taken off the logits of tokens that were drawn; left out: 0
     frequency_penalty: float = None,   # taken off as often as they were drawn; left out: 0
-    stop: Param("text that ends it and is not shown; again for another", str, action="append") = None,   # left out: none
+    stop: Param("text that ends it, not shown; again for another", str, action="append") = None,  # left out: none
     seed: int = None,                  # same seed, same text
     device: str = "auto",              # auto, cpu, cuda, mps
     quantize: str = None,              # int8, int4, bfloat16: weights in fewer bits; left out: as they are
