@@ -139,6 +139,8 @@ def test_the_card_of_a_fine_tuning_says_what_can_be_asked(parts, tmp_path):
     assert suggestions(tl.load(tmp_path / "half", "cpu")[0]) == offered
     tl.finetune(tl.load(base, "cpu")[0], tok, chats, out=tmp_path / "light", seed=3, lora=2, **HOW)
     assert suggestions(tl.load(tmp_path / "light", "cpu")[0]) == offered
+    talk = ChatSession(*tl.load(base, "cpu"))
+    assert talk.switch_to(tmp_path / "light") and suggestions(talk.model) == offered and talk.switch_to(base) and suggestions(talk.model) == []
     own = tl.finetune(tl.load(base, "cpu")[0], tok, chats, val=[[dict(role="user", content="And what is this?"), *chats[0][1:]]], out=tmp_path / "own", **HOW)
     assert suggestions(tl.load(own.folder, "cpu")[0]) == ["And what is this?"]
     assert suggestions(tl.load(base, "cpu")[0]) == []
