@@ -363,7 +363,7 @@ def test_copies_a_hostile_history_models_and_rare_settings_in_chromium(tmp_path)
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("kind", ["notebook", "voila"])
+@pytest.mark.parametrize("kind", [pytest.param("notebook", marks=pytest.mark.slow), "voila"])
 def test_elsewhere_in_chromium(kind, tmp_path):
     "Notebook 7, and a page by Voilà: the same cell is typed into, streams, stops, copies and is cleared; it fits a telephone."
     with served(kind, tmp_path, SETUP.strip(), CELL) as address, opened(kind, address) as page:

@@ -177,7 +177,7 @@ def test_text_on_a_line_is_read_whatever_the_locale(monkeypatch):
     monkeypatch.setattr(cli, "as_typed", str.upper)
     assert cli.parse_options(cli.train, ["--column", "x", "--data", "y"]) == dict(column="X", data="y")
     assert cli.parse_options(cli.generate, ["--prompt", "x", "--model", "y"]) == dict(prompt="X", model="y")
-    assert cli.parse_options(cli.chat, ["--system", "x"]) == dict(system="X")
+    assert cli.parse_options(cli.chat, ["--system", "x", "--stop", "y", "--stop", "z"]) == dict(system="X", stop=["Y", "Z"])
 
 
 @pytest.fixture
