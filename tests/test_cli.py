@@ -140,6 +140,21 @@ def test_weights_that_are_no_numbers(room):
         wrong(*words.split(), cwd=room, says="model.layers.0.mlp.up_proj.weight in", real=False)
 
 
+def test_texts_that_end_a_text(desk):
+    "The first to appear ends it and is not shown; the same in a reply of the chat."
+    line = ["generate", "--model", "run", "--temperature", 0, "--max_tokens", 40, "--prompt", "7"]
+    whole = fine(*line, cwd=desk).removesuffix("\n")
+    early, late = whole[12:15], whole[24:27]
+    assert fine(*line, "--stop", late, "--stop", "never said", "--stop", early, cwd=desk) == whole[:min(whole.index(early, 1), whole.index(late, 1))] + "\n"
+    assert fine(*line, "--presence_penalty", 50, cwd=desk) != whole + "\n" != fine(*line, "--frequency_penalty", 50, cwd=desk)
+    hot = ["--temperature", 5, "--seed", 1]
+    assert fine(*line, *hot, "--min_p", 1, cwd=desk) == whole + "\n" != fine(*line, *hot, cwd=desk)
+    chat = ["chat", "--model", "run", "--temperature", 0, "--max_tokens", 40]
+    said = fine(*chat, cwd=desk, stdin="Hello\n").split("model> ")[1].split("\n")[0]
+    cut = fine(*chat, "--stop", said[8:11], cwd=desk, stdin="Hello\n").split("model> ")[1].split("\n")[0]
+    assert cut == said[:said.index(said[8:11])]
+
+
 def test_only_what_steers_is_left_out(desk):
     "What a terminal obeys does not reach it; letters, spaces and joiners of all scripts do, in the prompt as in the reply."
     for text, seen in [("7\x1b[2J\x9b1m\u202educks\r\n\tgo", "7[2J1mducks\n\tgo"), ("10\xa0km, 第一。\u3000第二", None), ("می\u200cخواهم, 👩\u200d👧", None)]:
@@ -279,6 +294,13 @@ REAL = [w.split()[:4] for w in ("trian", "train --minuts 3", "train --data ducks
     ("generate --model rum", "Did you mean 'run'?"),
     ("generate --model full", "it has no config.json"),
     ("generate --model run --temperature -1", "temperature is -1"),
+    ("generate --model nowhere --min_p 2", "min_p is 2.0; give a share of the likeliest token's probability"),
+    ("generate --model nowhere --presence_penalty inf", "presence_penalty is inf; give a number"),
+    ("generate --model nowhere --frequency_penalty much", "invalid float value: 'much'"),
+    ("generate --model nowhere --stop=", "stop holds ''; give ids of tokens or texts"),
+    ("generate --model run --stops x", "Did you mean '--stop'?"),
+    ("chat --model nowhere --min_p -1", "min_p is -1.0"),
+    ("chat --model nowhere --stop x --stop=", "stop holds ''"),
     ("chat", "there is no model folder runs/quickstart; make one with"),
     ("finetune --model run --data chat.jsonl", "Did you mean 'chats.jsonl'?"),
     ("finetune --model run --data broken.jsonl", "line 2"),
@@ -505,6 +527,48 @@ def test_ctrl_c_at_any_moment_does_not_leave(talker, tokens, presses):
         t.expect("you>")
     t.type("/exit\n")
     assert t.code() == 0 and "Traceback" not in t.seen
+
+
+@unix
+def test_ctrl_c_loses_nothing_and_ctrl_d_leaves_at_a_prompt_alone(talker):
+    "What was said up to Ctrl-C stays in the conversation, and the next message goes on from it. Ctrl-D during a reply, in a begun line and at a continuation."
+    t = Terminal("chat", "--model", talker, "--temperature", 0, "--max_tokens", 2500, cwd=talker.parent)
+    t.expect("you>")
+    t.type("Hello\n")
+    t.expect("model>"); t.expect(" ")
+    time.sleep(0.3)
+    t.type("\x03")
+    t.expect("(stopped)"); t.expect("you>")
+    t.type("/save part.json\n")
+    t.expect("is in "); t.expect("you>")
+    said = json.loads((talker.parent/"part.json").read_text())[0]["messages"]
+    assert [m["role"] for m in said] == ["user", "assistant"] and said[0]["content"] == "Hello" and len(said[1]["content"]) > 5
+    t.type("/max_tokens 5\n")
+    t.expect("max_tokens is 5."); t.expect("you>")
+    t.type("And\n")
+    t.expect(" tokens/s"); t.expect("you>")
+    t.type("/save whole.json\n")
+    t.expect("is in "); t.expect("you>")
+    assert json.loads((talker.parent/"whole.json").read_text())[0]["messages"][:2] == said
+    t.type("/top_")                                  # Ctrl-D in a begun line leaves nothing and nobody
+    t.expect("/top_")
+    t.type("\x04k\r")
+    t.expect("top_k is off."); t.expect("you>")
+    t.type("/max_tokens 300\n")
+    t.expect("max_tokens is 300."); t.expect("you>")
+    t.type("Hello again\n")
+    t.expect("model>")
+    t.type("\x04")                                   # during a reply it is no end of anything
+    t.expect("300 tokens, "); t.expect("you>")
+    t.type("\x04")
+    assert t.code() == 0 and "Traceback" not in t.seen
+
+    t = Terminal("chat", "--model", talker, "--max_tokens", 3, cwd=talker.parent)
+    t.expect("you>")
+    t.type("one \\\r")
+    t.expect("...>")
+    t.type("\x04")
+    assert t.code() == 0 and "model>" not in t.seen and "Traceback" not in t.seen
 
 
 @unix

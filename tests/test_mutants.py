@@ -25,10 +25,10 @@ NEAREST = {
     "training": ["test_training.py"], "training.doctor": ["test_doctor.py"], "training.code": ["test_code.py"], "training.code_suite": ["test_code_suite.py"], "training.code_tasks": ["test_code_tasks.py"], "training.plan": ["test_plan.py"], "training.tune": ["test_tune.py"], "training.benchmarks": ["test_benchmarks.py"], "training.watch": ["test_watch.py"], "training.scale": ["test_scale.py"], "training.real_text": ["test_real_text.py"], "training.folder": ["test_folders.py", "test_damage.py", "test_lora.py"], "training.run": ["test_training.py", "test_resume.py", "test_owners.py"],
     "training.train": ["test_training.py", "test_resume.py", "test_owners.py", "test_stream.py", "test_preference.py"],
     "assistant": ["test_decoding.py", "test_options.py", "test_folders.py", "test_cli.py"], "assistant.decoding": ["test_decoding.py"], "assistant.finetune": ["test_options.py", "test_masks.py", "test_files.py", "test_cli.py"],
-    "assistant.pipeline": ["test_pipeline.py"], "assistant.lora": ["test_lora.py"], "assistant.preference": ["test_preference.py"],
+    "assistant.pipeline": ["test_pipeline.py"], "assistant.lora": ["test_lora.py", "test_cell.py"], "assistant.preference": ["test_preference.py"],
 "assistant.engine": ["test_engine.py"], "assistant.protocol": ["test_protocol.py", "test_serve.py"],
 "assistant.reinforce": ["test_reinforce.py"],
-    "assistant.chat": ["test_options.py", "test_talk.py", "test_cli.py"], "assistant.cell": ["test_chat_browser.py"],
+    "assistant.chat": ["test_options.py", "test_talk.py", "test_cli.py"], "assistant.cell": ["test_cell.py", "test_chat_browser.py"],
     "deployment": ["test_options.py", "test_files.py", "test_cli.py"], "deployment.quickstart": ["test_options.py"],
     "deployment.serve": ["test_serve.py", "test_page.py"], "deployment.quantize": ["test_quantize.py"],
     "deployment.export": ["test_export.py"], "transformer.graph": ["test_export.py"]}

@@ -59,8 +59,16 @@ def agrees(call, **wanted): assert {n: call.get(n) for n in wanted} == wanted
 
 # Commands ------------------------------------------------------------------------------------------------------------
 
-DRAWS = dict(max_tokens=9, temperature=0.5, top_k=4, top_p=0.75, repetition_penalty=1.5, seed=6)
-DRAWN = " ".join(f"--{name} {value}" for name, value in DRAWS.items())
+DRAWS = dict(max_tokens=9, temperature=0.5, top_k=4, top_p=0.75, min_p=0.25, repetition_penalty=1.5, presence_penalty=0.5, frequency_penalty=-0.5, seed=6)
+DRAWN = " ".join(f"--{name} {value}" for name, value in DRAWS.items()) + " --stop 'a b' --stop=é"
+DRAWS["stop"] = ["a b", "é"]
+
+
+def test_every_setting_of_a_draw_is_an_option():
+    from tiny_llm.assistant.generate import DEFAULTS, generate
+    given = {*signature(generate).parameters} - {"model", "tok", "prompt", "interrupt", "top"}
+    assert given == {*DRAWS} == {*DEFAULTS, "seed", "stop"}
+    for command in (cli.generate, cli.chat): assert given <= {*signature(command).parameters}
 
 
 def test_generate(watch):
@@ -169,7 +177,7 @@ def test_text_on_a_line_is_read_whatever_the_locale(monkeypatch):
     monkeypatch.setattr(cli, "as_typed", str.upper)
     assert cli.parse_options(cli.train, ["--column", "x", "--data", "y"]) == dict(column="X", data="y")
     assert cli.parse_options(cli.generate, ["--prompt", "x", "--model", "y"]) == dict(prompt="X", model="y")
-    assert cli.parse_options(cli.chat, ["--system", "x"]) == dict(system="X")
+    assert cli.parse_options(cli.chat, ["--system", "x", "--stop", "y", "--stop", "z"]) == dict(system="X", stop=["Y", "Z"])
 
 
 @pytest.fixture

@@ -108,7 +108,7 @@ def test_the_settings_reach_their_runs(desk):
 
 def test_epochs_read_each_row_so_often(desk):
     talk = Run(desk/"whole"/"talk")
-    words, _ = to_learn(str(desk/"talks.jsonl"), load(desk/"whole"/"talk"/"best", "cpu")[1], 96, quiet=True)
+    words, *_ = to_learn(str(desk/"talks.jsonl"), load(desk/"whole"/"talk"/"best", "cpu")[1], 96, quiet=True)
     rows, batches = [0] * (b := LargeBatches(words, 96, 2)).n_rows, talk.summary["step"] * 2
     for k in range(batches):
         for row in b.rows(k): rows[row] += 1

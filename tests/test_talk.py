@@ -4,9 +4,11 @@ import json, os, re, signal, threading, time
 
 import pytest
 
+from serving import dictated
 from test_cli import Terminal, tl, unix
 from tiny_llm.text.tokenizer import train_tokenizer
-from tiny_llm.training.folder import save
+from tiny_llm.training.folder import load, save
+from tiny_llm.transformer.adapters import add_adapter, save_adapter
 from tiny_llm.transformer.model import Transformer, preset
 
 pytestmark = unix
@@ -26,6 +28,14 @@ def desk(tmp_path_factory):
         if name == "words":                                # hardly anything but words
             for i in {tok.encode(f" {w}")[0] for w in "little ducks went swimming hills far".split()}: model.embed.weight.data[i] *= 40
         save(model, tok, d/name)
+    long = Transformer(preset("tiny", vocab_size=len(tok), ctx=4000))
+    long.load_state_dict({k: v for k, v in model.state_dict().items()})
+    save(long, tok, d/"long")                              # the words without end
+    one = add_adapter(load(d/"m", "cpu")[0], rank=2)
+    for p in one.parameters():
+        if p.requires_grad: p.data.normal_(0, 0.3)
+    save_adapter(one, d/"adapter")
+    save(*dictated("🦊é€"), d/"emoji")
     said = [dict(role="user", content=HOSTILE), dict(role="assistant", content=HOSTILE)]
     (d/"bad.json").write_text(json.dumps([dict(messages=said)]))
     return d
@@ -82,7 +92,16 @@ def test_every_command(desk):
     says(t, "/load bad.json", "2 messages of bad.json.")
     says(t, "/system Be brief.", "The system text is: Be brief.")
     says(t, "/system off", "There is no system text.")
+    says(t, "/model adapter", "adapter goes on with the conversation")       # its base is m, which is not open
+    says(t, "/model m", "m goes on with the conversation, on the same base.")
+    says(t, "/model adapter", "adapter goes on with the conversation, on the same base.")
+    says(t, "Hello", "model>", "tokens/s")
     says(t, "/model n", "n goes on with the conversation.")
+    for name, x in dict(temperature=0.5, max_tokens=50, top_k=3, top_p=0.5, min_p=0.25, repetition_penalty=1.5, presence_penalty=0.5, frequency_penalty=-0.5).items():
+        says(t, f"/set {name} {x}", f"{name} is {x}.")
+        if name not in ("temperature", "max_tokens"): says(t, f"/{name} off", f"{name} is off.")
+        says(t, f"/{name}", f"{name} is ")
+    says(t, "/min_p 7", "min_p is 7.0; give a share")
     says(t, "/clear", "The conversation is empty.")
     says(t, "/exti", "There is no command /exti", "Did you mean '/exit'?")
     t.type("one \\\r")
@@ -145,6 +164,36 @@ def test_the_window_changes(desk):
     assert t.code() == 0
 
 
+def test_the_window_changes_during_a_reply(desk):
+    from prompt_toolkit.utils import get_cwidth
+    t = terminal(desk, "--model", "long", "--max_tokens", 1200, columns=120)
+    t.type("Hello\r")
+    t.expect("model>")
+    t.expect("\r\n")
+    resize(t, 40)
+    shown = t.expect("tokens/s")
+    t.expect("you>")
+    lines = shown.split("\r\n")[:-1]
+    narrow = next(n for n, line in enumerate(lines) if get_cwidth(line) <= 40)
+    assert len(lines) - narrow > 5 and max(map(get_cwidth, lines[narrow:])) <= 40, lines
+    t.type("/exit\r")
+    assert t.code() == 0 and "Traceback" not in t.seen
+
+
+def test_letters_that_a_model_writes_in_pieces(desk):
+    "One byte is one token here: a letter is shown when it is whole, in a terminal and through a pipe."
+    tok = load(desk/"emoji", "cpu")[1]
+    assert len(tok.encode("🦊é€")) == 9
+    for command in (["chat", "--model", "emoji", "--temperature", 0], ["generate", "--model", "emoji", "--temperature", 0, "--prompt", "<|user|>"]):
+        out = tl(*command, cwd=desk, stdin="Hello\n").stdout
+        assert "\ufffd" not in out
+        if command[0] == "chat": assert "model> 🦊é€\n" in out
+    t = terminal(desk, "--model", "emoji", "--temperature", 0)
+    assert reply(says(t, "Hello", "model>", "tokens/s")) == "🦊é€"
+    t.type("/exit\r")
+    assert t.code() == 0
+
+
 def test_a_signal_from_outside_is_a_key(desk):
     t = terminal(desk, "--max_tokens", 5)
     t.type("half a line")
@@ -191,4 +240,7 @@ def test_no_terminal(desk):
     assert said.returncode == 0 and "model>" not in said.stdout
     said = tl("chat", "--model", "words", "--max_tokens", 40, "--seed", 1, cwd=desk, stdin="Hello \\\nthere\n/xray\n/xray 1 2\n/exit\n")
     assert said.returncode == 0 and "you> Hello \\\n...> there\n" in said.stdout and "tokens; price" in said.stdout
+    paste = "Seven little ducks went swimming. " * 3000                             # 102 KB in one line
+    pasted = tl("chat", "--model", "words", "--max_tokens", 4, cwd=desk, stdin=f"{paste}\nHello\n/version\n")
+    assert pasted.returncode == 0 and pasted.stdout.count("The message is too long") == 1 and "Version 1 of 1" in pasted.stdout and pasted.stdout.count("model>") == 1
     assert said.stdout.count("model>") == 2 and not STEERS.search(said.stdout) and not re.search(r"\(\d+ tokens", said.stdout)

@@ -47,7 +47,7 @@ MUTANTS = [
     ("deployment.cli", "grade_stories(net, tok, n=n, seed=seed, temperature=temperature)", "grade_stories(net, tok, n=n, seed=seed)", "eval ignores --temperature"),
     ("deployment.cli", "rows = preset_rows(preset, size)", "rows = preset_rows(preset, {})", "info ignores --vocab_size and --ctx"),
     ("deployment.cli", "make(minutes, out, seed, device, preset, resume)", "make(minutes, out, seed, device, preset)", "quickstart drops --resume"),
-    ("deployment.cli", "TEXTS = (\"prompt\", \"system\", \"column\")", "TEXTS = (\"prompt\", \"system\")", "a column's name arrives wrong under LANG=C"),
+    ("deployment.cli", "TEXTS = (\"prompt\", \"system\", \"column\", \"stop\")", "TEXTS = (\"prompt\", \"system\", \"stop\")", "a column's name arrives wrong under LANG=C"),
     ("deployment.cli", "chat(str(Path(out) / \"model\"), device=device)", "chat(str(Path(out) / \"model\"))", "the chat after a quickstart forgets the device"),
     # 5.03 serve
     ("deployment.serve", "if self.local and name.strip(\"[]\") not in _LOCAL:", "if False:", "names of other hosts are answered"),

@@ -24,8 +24,10 @@ from prompt_toolkit.utils import get_cwidth
 
 from ..basics import UserError, did_you_mean, write_file
 from ..training.folder import load
+from ..transformer.adapters import set_adapter
 from ..training.xray import XRay, alternatives_text, xray, xray_text
 from .generate import DEFAULTS, sampling, stream
+from .lora import switch_folder
 
 # %% ../../nbs/4_assistant/06_chat.ipynb #c760d4d0
 def fit_prompt(
@@ -53,10 +55,11 @@ class ChatSession:
         tok,                       # its Tokenizer, with a chat template
         system: str = None,        # instructions that stand before all turns
         seed: int = None,          # same seed and same messages, same replies
+        stop: list = None,         # ids and texts that end a reply, besides the tokenizer's end marks
         **kwargs,                  # max_tokens, temperature, top_k, ..., as for `stream`
     ):
-        self.model, self.tok, self.seed, self.last = model, tok, seed, None
-        self.settings = sampling(model, seed, **kwargs)
+        self.model, self.tok, self.seed, self.last, self.ends = model, tok, seed, None, stop
+        self.settings = sampling(model, seed, stop, **kwargs)
         self.instruct(system)
         self.clear()
 
@@ -122,7 +125,8 @@ def _answer(self: ChatSession, turns, begin=()):
     ids, more = fit_prompt(self.tok, self.system, turns[kept:], ctx, room + len(begin))
     # another seed for each answer: with the same one, the same question would always get the same answer
     seed = None if self.seed is None else self.seed * 1000 + len(self.said)
-    self.last = stream(self.model, self.tok, [*ids, *begin], seed=seed, interrupt=threading.Event(), **self.settings)
+    self.last = stream(self.model, self.tok, [*ids, *begin], seed=seed, interrupt=threading.Event(), **self.settings,
+                       stop=self.ends)
     self._go([*turns, answer])
     self.forgotten, self.written[id(answer)] = kept + more, (self.last, len(begin))
     self.said += [answer] if any(turns[-1] is m for m in self.said) else [turns[-1], answer]
@@ -252,7 +256,7 @@ def save(self: ChatSession,
     "Write the conversation with its branches as JSON."
     def numbers(line): return [next(i for i, m in enumerate(self.said) if m is turn) for turn in line]
     lines = [numbers(x) for x in self.lines]
-    held = dict(messages=self.messages, said=self.said, lines=lines, line=numbers(self.turns))
+    held = dict(messages=self.messages, said=self.said, lines=lines, line=numbers(self.turns), settings=self.settings)
     try: return write_file(Path(path).expanduser(), json.dumps([held], ensure_ascii=False, indent=1) + "\n")
     except OSError as e: raise UserError(f"{path} cannot be written ({e.strerror})") from None
 
@@ -275,6 +279,15 @@ def _checked(path, said, lines):
         if not whole or [said[i]["role"] for i in line] != ["user", "assistant"] * (len(line) // 2):
             raise UserError(f"{path}: this is no conversation in which user and assistant take turns")
 
+def _settings_in(path, found, before):
+    "The settings of the draws in a file; those before where it holds none."
+    if found is None: return before
+    if not isinstance(found, dict): raise UserError(f"{path}: its settings are {found!r:.40}; give names and numbers")
+    unknown = next((name for name in found if name not in before), None)
+    if unknown: raise UserError(f"{path}: there is no setting {unknown!r}.{did_you_mean(unknown, before)}")
+    try: return sampling(**{**before, **found})
+    except UserError as e: raise UserError(f"{path}: {e}") from None
+
 # %% ../../nbs/4_assistant/06_chat.ipynb #48cb65b4
 @patch
 def open(self: ChatSession,
@@ -289,9 +302,11 @@ def open(self: ChatSession,
     if said is None: said, lines, line = messages[len(system):], [], list(range(len(messages) - len(system)))
     if not isinstance(said, list) or not isinstance(lines, list): raise UserError(f"{path}: its branches are no lists")
     _checked(path, said, [*lines, line])
+    settings = _settings_in(path, found.get("settings"), self.settings)
     said = [dict(role=m["role"], content=m["content"]) for m in said]
     self.instruct(str(system[0].get("content", "")) if system else None)
     self.clear()
+    self.settings = settings
     self.said, self.lines, self.turns = said, [[said[i] for i in x] for x in lines], [said[i] for i in line]
 
 @patch
@@ -305,6 +320,24 @@ def switch(self: ChatSession,
     self.stop()
     self.model, self.tok, self.forgotten = model, tok, 0
 
+# %% ../../nbs/4_assistant/06_chat.ipynb #44dd4830
+@patch
+def switch_to(self: ChatSession,
+    folder,        # of a model, a run or an adapter
+    opened=(),     # (model, tok) of others that are open
+) -> bool:         # whether only an adapter was switched
+    "Let the model of a folder go on; an adapter of a base that is open is switched on, and no base is read again."
+    before = getattr(self.model, "adapter", None)
+    for model, tok in ((self.model, self.tok), *opened):
+        if not (found := switch_folder(model, tok, folder)): continue
+        try: self.switch(*found)
+        except UserError:
+            if model is self.model: set_adapter(model, before)
+            raise
+        return True
+    self.switch(*load(folder, self.model.device))
+    return False
+
 # %% ../../nbs/4_assistant/06_chat.ipynb #72473fec
 UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
@@ -315,7 +348,8 @@ def printable(
     return UNPRINTABLE.sub("", text)
 
 # %% ../../nbs/4_assistant/06_chat.ipynb #2fc21c98
-OFF = dict(top_k=0, top_p=1.0)      # the values that switch these settings off
+OFF = dict(top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0, presence_penalty=0.0,
+           frequency_penalty=0.0)      # the values that switch these settings off
 
 def _shown_value(name, value): return "off" if OFF.get(name) == value else value
 
@@ -336,9 +370,11 @@ HELP = """/clear  begin anew        /undo  take the last exchange back
 /xray   the unlikely tokens of the last reply; /xray 7: what else token 7 might have been;
         /xray 7 2: take the second of these, and go on from there
 /save FILE  /open FILE    the conversation with its branches (/load FILE does the same)
-/system TEXT  what stands before it (off: nothing)        /model FOLDER  another model goes on
-/temperature 0.7  /max_tokens 200  /top_k 40  /top_p 0.9  /repetition_penalty 1.1
-        change a setting; the word off switches top_k and top_p off; no value shows it
+/system TEXT  what stands before it (off: nothing)
+/model FOLDER   another model goes on; of an adapter on the same base nothing else is read
+/temperature 0.7  /max_tokens 200  /top_k 40  /top_p 0.9  /min_p 0.05  /repetition_penalty 1.1
+/presence_penalty 0.5  /frequency_penalty 0.5
+        change a setting; the word off switches all but the first two off; no value shows it
 A line that ends with \\ goes on in the next one. Tab completes a command or a file."""
 
 def _system_text(session, value):
@@ -355,12 +391,18 @@ def _chosen(session, value):
     return f"Version {k + 1} of {len(every)}: {session.turns[n]['content']}"
 
 def _other_model(session, value):
-    session.switch(*load(Path(value).expanduser(), session.model.device))
-    return f"{value} goes on with the conversation."
+    same = session.switch_to(Path(value).expanduser())
+    return f"{value} goes on with the conversation{', on the same base' if same else ''}."
+
+def _changes(before, now):
+    "What a file has changed of the settings, as words."
+    new = [f"{name} {_shown_value(name, x)}" for name, x in now.items() if x != before[name]]
+    return f", with {', '.join(new)}" * bool(new)
 
 def _opened(session, value):
+    before = session.settings
     session.open(value)
-    return f"{len(session.turns)} messages of {value}."
+    return f"{len(session.turns)} messages of {value}{_changes(before, session.settings)}."
 
 # %% ../../nbs/4_assistant/06_chat.ipynb #619ac685
 def _place(session, value):

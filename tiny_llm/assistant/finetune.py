@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['ROLES', 'TALKS', 'ASKS', 'REPLIES', 'CONVERSATIONS', 'as_messages', 'rows_to_learn', 'read_conversations',
-           'chat_tokens', 'hold_out', 'to_learn', 'settings_and_past', 'finetune', 'held_out_requests', 'grade_chat']
+           'chat_tokens', 'hold_out', 'requests_of', 'to_learn', 'settings_and_past', 'suggest', 'finetune',
+           'held_out_requests', 'grade_chat']
 
 # %% ../../nbs/4_assistant/02_finetune.ipynb #daded07e
 import json, random, time
@@ -144,18 +145,19 @@ def read_conversations(
 
 # %% ../../nbs/4_assistant/02_finetune.ipynb #aa525a28
 def _fitting(chats, tok, ctx, kind="conversations", least=1):
-    "(ids, weights) of the conversations that have at most `ctx` tokens; UserError if they are fewer than `least`."
+    "(ids, weights) of the conversations of at most `ctx` tokens, and they; UserError if they are fewer than `least`."
     pairs = []
     for n, c in enumerate(alive("reading", len(chats), kind).each(chats), 1):
         try: pairs.append(tok.chat(c))
         except UserError as e: raise UserError(f"conversation {n}: {e}") from None
     fit = [p for p in pairs if len(p[0]) <= ctx]
+    said = [c for c, p in zip(chats, pairs) if len(p[0]) <= ctx]
     if len(fit) < least:
         raise UserError(f"none of the {len(pairs)} {kind} fits into {ctx} tokens; "
                         "use shorter ones or a larger ctx")
     if len(fit) < len(pairs):
         note(f"{len(pairs) - len(fit)} of {len(pairs)} {kind} are longer than {ctx} tokens and left out")
-    return fit
+    return fit, said
 
 def _weighted(pairs, tok, replay=()):
     if not any(w for _, ws in pairs for w in ws):
@@ -169,7 +171,7 @@ def chat_tokens(
     replay=(),      # documents to mix in, whose every token counts
 ) -> Tokens:
     "Conversations as weighted tokens, with documents between them."
-    return _weighted(_fitting(chats, tok, ctx), tok, replay)
+    return _weighted(_fitting(chats, tok, ctx)[0], tok, replay)
 
 # %% ../../nbs/4_assistant/02_finetune.ipynb #d74819f8
 def hold_out(
@@ -187,6 +189,15 @@ def hold_out(
     return [p for k, p in zip(keys, pairs) if k not in drawn], [unique[k] for k in unique if k in drawn]
 
 # %% ../../nbs/4_assistant/02_finetune.ipynb #0ae15c17
+def requests_of(
+    chats: list,     # conversations
+    most: int = 3,
+) -> list[str]:      # no two alike, those of three words and more first
+    "Short first messages by the person: what a model that has learnt such conversations can be asked."
+    first = (next((m["content"].strip() for m in c if m["role"] == "user"), "") for c in chats)
+    short = dict.fromkeys(text for text in first if 0 < len(text) <= 80 and text.isprintable())
+    return sorted(short, key=lambda text: len(text.split()) < 3)[:most]
+
 def to_learn(
     conversations,     # as in `finetune`
     tok,               # Tokenizer
@@ -196,7 +207,7 @@ def to_learn(
     limit: int = None, # conversations at most
     seed: int = 0,     # of what is held out
     quiet: bool = False,
-) -> tuple:            # (Tokens to train on, Tokens to evaluate on or False)
+) -> tuple:            # (Tokens to train on, Tokens to evaluate on or False, requests like those held out)
     "The two texts of a fine-tuning."
     named = isinstance(conversations, (str, Path))
     chats = read_conversations(conversations, "train", limit, seed)
@@ -204,11 +215,15 @@ def to_learn(
     elif val: val = (isinstance(val, (str, Path)) and read_conversations(val, "val")) or read_conversations(val)
     if len(chats) < (2 if val is None else 1):
         raise UserError(f"{len(chats)} conversations are too few; give at least 2, one of them to hold out")
-    pairs, held = _fitting(chats, tok, ctx), _fitting(val, tok, ctx, "held-out conversations", 0) if val else []
+    pairs, said = _fitting(chats, tok, ctx)
+    held, told = _fitting(val, tok, ctx, "held-out conversations", 0) if val else ([], [])
     if val is None or val and not held:      # a source's own may all be too long
+        every = pairs
         pairs, held = hold_out(pairs, seed)
+        drawn = {tuple(ids) for ids, _ in held}
+        told = [c for c, (ids, _) in zip(said, every) if tuple(ids) in drawn]
         if not quiet: note(f"{len(pairs):,} conversations to learn from, {len(held):,} held out")
-    return _weighted(pairs, tok, replay), _weighted(held, tok) if held else False
+    return _weighted(pairs, tok, replay), _weighted(held, tok) if held else False, requests_of(told or said)
 
 # %% ../../nbs/4_assistant/02_finetune.ipynb #5ba2ee0c
 def settings_and_past(
@@ -223,6 +238,13 @@ def settings_and_past(
     return config, settings, past
 
 # %% ../../nbs/4_assistant/02_finetune.ipynb #90dbb37f
+def suggest(
+    model,             # Transformer
+    requests: list,    # texts
+):
+    "Let the cards of a model's folders say what it can be asked, in the hub's field `widget`."
+    if requests: model.about = getattr(model, "about", {}) | dict(widget=[dict(text=text) for text in requests])
+
 @delegates(train, but=["docs", "model", "tok"])
 def finetune(
     model,                    # Transformer; trained in place
@@ -239,7 +261,8 @@ def finetune(
     seed = settings.seed if past or kwargs.get("seed") is None else kwargs["seed"]   # the same part at a resume
     limit = kwargs.get("limit") or settings.limit
     wish, ctx = ctx, ctx or settings.ctx or model.cfg.ctx
-    tokens, held = to_learn(conversations, tok, ctx, val, replay, limit, seed, kwargs.get("quiet"))
+    tokens, held, asked = to_learn(conversations, tok, ctx, val, replay, limit, seed, kwargs.get("quiet"))
+    suggest(model, asked)
     ctx = wish if past else ctx           # of a run that goes on `train` compares what was asked for
     return train(model, tok, tokens, config, val=held, ctx=ctx, **kwargs)
 

@@ -41,6 +41,7 @@ def pick(
 # %% ../../nbs/4_assistant/01_generate.ipynb #b8bf76fe
 def _number(x): return isinstance(x, Real) and not isinstance(x, bool) and abs(x) < math.inf
 def _whole(x): return isinstance(x, Integral) and not isinstance(x, bool)
+def _listed(stop): return [stop] if isinstance(stop, (str, int)) else list(stop or ())
 
 def check_sampling(
     temperature: float = 1.0,         # 0 or more
@@ -52,6 +53,7 @@ def check_sampling(
     frequency_penalty: float = 0.0,   # any number
     max_tokens: int = 1,              # 1 or more
     seed: int = None,                 # any whole number
+    stop: list = None,                # ids of tokens, and texts
 ):
     "Complain about settings that make no sense."
     def refuse(name, value, wish): raise UserError(f"{name} is {value!r}; give {wish}.")
@@ -69,6 +71,8 @@ def check_sampling(
         refuse("repetition_penalty", repetition_penalty, "a number above 0 (1: no penalty)")
     if not (_whole(max_tokens) and max_tokens >= 1): refuse("max_tokens", max_tokens, "1 or more")
     if seed is not None and not _whole(seed): refuse("seed", seed, "a whole number, or leave it out")
+    if wrong := [s for s in _listed(stop) if not (_whole(s) or s and isinstance(s, str))]:
+        raise UserError(f"stop holds {wrong[0]!r}; give ids of tokens or texts.")
 
 # %% ../../nbs/4_assistant/01_generate.ipynb #1a2a0783
 def warp(
@@ -306,9 +310,8 @@ def _prompt_ids(model, tok, prompt):
 # %% ../../nbs/4_assistant/01_generate.ipynb #eab48058
 def _stops(tok, stop):
     "The ids that end a text, the end marks of the tokenizer and its folder among them, and the strings."
-    stop = [stop] if isinstance(stop, (str, int)) else list(stop or ())
-    if wrong := [s for s in stop if not (_whole(s) or s and isinstance(s, str))]:
-        raise UserError(f"stop holds {wrong[0]!r}; give ids of tokens or texts.")
+    check_sampling(stop=stop)
+    stop = _listed(stop)
     ids = (tok.eos, tok.end, *tok.ends, *(s for s in stop if not isinstance(s, str)))
     return {i for i in ids if i is not None}, [s for s in stop if isinstance(s, str)]
 
@@ -327,6 +330,7 @@ del AS_IS["max_tokens"]
 def sampling(
     model=None,        # whose folder may name other defaults
     seed: int = None,  # checked only
+    stop: list = None, # checked only
     **kwargs,          # settings of `stream`; None: left out
 ) -> dict:             # those of `DEFAULTS`
     "All settings of the draws, checked: those given, else those of the model's folder, else `DEFAULTS`."
@@ -339,7 +343,7 @@ def sampling(
         folder = getattr(model, "origin", "the model")
         raise UserError(f"generation_config.json of {folder}: {e}") from None
     settings = {**DEFAULTS, **own, **given}
-    check_sampling(seed=seed, **settings)
+    check_sampling(seed=seed, stop=stop, **settings)
     return settings
 
 # %% ../../nbs/4_assistant/01_generate.ipynb #6d43c6bf

@@ -24,7 +24,7 @@ from ..training.config import TrainConfig, changed, check_number, numbers_read, 
 from ..training.folder import load, read_sealed, save, write_sealed
 from ..training.run import ENDS, Run, finished, png_of, resolved
 from ..training.train import train
-from .finetune import read_conversations, to_learn
+from .finetune import read_conversations, suggest, to_learn
 
 # %% ../../nbs/4_assistant/07_pipeline.ipynb #33d89e52
 KINDS = ("train", "finetune")
@@ -158,13 +158,13 @@ def steps_of(
 
 # %% ../../nbs/4_assistant/07_pipeline.ipynb #f00072a6
 def _text(stage, tok, ctx, quiet):
-    "(Tokenizer, Tokens or stream, what is held out; None: the stream has it) of a stage; `tok`: None in the first."
+    "(Tokenizer, Tokens or stream, what is held out; None: the stream has it, requests) of a stage; first: no `tok`."
     c = stage.config
     if stage.kind == "finetune": return tok, *to_learn(c.data, tok, ctx, None, (), c.limit, c.seed, quiet)
     how = c.limit, c.seed, c.column
     docs = text_of(c.data, *how, False if stage.epochs or stage.tokens else c.stream)     # to count rows: all of it
     tok, tokens = tokenized(docs, tok, c.tokenizer, c.vocab_size)
-    return tok, tokens, None if isinstance(docs, TextStream) else held_with(c.data, *how)
+    return tok, tokens, None if isinstance(docs, TextStream) else held_with(c.data, *how), []
 
 # %% ../../nbs/4_assistant/07_pipeline.ipynb #d1c4884a
 def _run_stage(stages, n, folder, device, quiet, callbacks):
@@ -174,9 +174,10 @@ def _run_stage(stages, n, folder, device, quiet, callbacks):
     model, tok, config = None, None, stage.config
     if n: model, tok = load(folder / stages[n - 1].name / "best", device)
     ctx = config.ctx or (model.cfg if n else _shape(stages, config.vocab_size)).ctx
-    tok, tokens, held = _text(stage, tok, ctx, quiet)
+    tok, tokens, held, asked = _text(stage, tok, ctx, quiet)
     torch.manual_seed(config.seed)
     if not n: model = Transformer(_shape(stages, len(tok)))
+    suggest(model, asked)
     again = (place / "config.json").is_file()
     if stage.epochs or stage.tokens:
         whole = resolved(changed(config, steps=1), model, device)       # batch and ctx may be left to the machine

@@ -47,7 +47,7 @@ def make_parser(
     return parser
 
 # %% ../../nbs/5_deployment/05_cli.ipynb #96129347
-TEXTS = ("prompt", "system", "column")     # options that are text, and no path
+TEXTS = ("prompt", "system", "column", "stop")     # options that are text, and no path
 
 def as_typed(
     text,     # an argument
@@ -79,7 +79,8 @@ def parse_options(
     if rest:
         raise UserError(f"{rest[0]!r} stands alone; every value follows the name of its option, as in: "
                         f"tiny_llm {_word(f)} {known[-1]} {rest[0]}")
-    return {name: as_typed(value) if name in TEXTS else value
+    def typed(value): return [as_typed(one) for one in value] if isinstance(value, list) else as_typed(value)
+    return {name: typed(value) if name in TEXTS else value
             for name, value in vars(given).items() if name in signature(f).parameters}
 
 # %% ../../nbs/5_deployment/05_cli.ipynb #86b88943
@@ -362,7 +363,11 @@ def sampling_options(
     temperature: float = None,         # 0: the likeliest token; 1: the model as it is; left out: the folder's, or 0.8
     top_k: int = None,                 # draw among so many tokens; 0: all; left out: the folder's, or all
     top_p: float = None,               # draw among the likeliest with this share; left out: the folder's, or 1
+    min_p: float = None,               # keep what has this share of the likeliest one's; left out: the folder's, or 0
     repetition_penalty: float = None,  # above 1: what has appeared becomes less likely; left out: the folder's, or 1
+    presence_penalty: float = None,    # taken off the logits of tokens that were drawn; left out: 0
+    frequency_penalty: float = None,   # taken off as often as they were drawn; left out: 0
+    stop: Param("text that ends it, not shown; again for another", str, action="append") = None,  # left out: none
     seed: int = None,                  # same seed, same text
     device: str = "auto",              # auto, cpu, cuda, mps
     quantize: str = None,              # int8, int4, bfloat16: weights in fewer bits; left out: as they are

@@ -92,16 +92,19 @@ def _fingerprint(
     return sha256(json.dumps(parts, sort_keys=True, ensure_ascii=False).encode())
 
 # %% ../../nbs/3_training/02_folder.ipynb #fef35f75
-ABOUT = ("license", "license_name", "license_link", "language", "datasets", "base_model", "tags")
+ABOUT = ("license", "license_name", "license_link", "language", "datasets", "base_model", "tags", "widget")
 
-def _is_about(x): return isinstance(x, str) or isinstance(x, list) and all(isinstance(v, str) for v in x)
+def _is_about(name, x):
+    if name == "widget": return isinstance(x, list) and all(isinstance(v, dict) for v in x)    # what can be asked
+    return isinstance(x, str) or isinstance(x, list) and all(isinstance(v, str) for v in x)
 
 def _check_about(about):
     for name, value in about.items():
         if name not in ABOUT:
             raise UserError(f"the card's header has no field {name!r}; {', '.join(ABOUT)} are known."
                             f"{did_you_mean(str(name), ABOUT)}")
-        if not _is_about(value): raise UserError(f"{name} is {value!r}; give a text or a list of texts")
+        wish = "a list of dicts with a text" if name == "widget" else "a text or a list of texts"
+        if not _is_about(name, value): raise UserError(f"{name} is {value!r}; give {wish}")
 
 # %% ../../nbs/3_training/02_folder.ipynb #cb886698
 def _read_about(
@@ -115,7 +118,7 @@ def _read_about(
     found = found if isinstance(found, dict) else {}
     hub = re.search(r"models--(.+?)--(.+?)/snapshots/", folder.absolute().as_posix())
     base = dict(base_model=f"{hub[1]}/{hub[2]}") if hub else {}
-    return {name: found[name] for name in ABOUT if _is_about(found.get(name))} | base
+    return {name: found[name] for name in ABOUT if _is_about(name, found.get(name))} | base
 
 # %% ../../nbs/3_training/02_folder.ipynb #6b4ba071
 def _card(

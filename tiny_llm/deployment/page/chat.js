@@ -21,6 +21,9 @@ function keep() {
   try { localStorage.setItem(CHOSEN, JSON.stringify(settings)); } catch { /* said above */ }
 }
 
+// Without what steers a terminal into which it is pasted, or turns the order of letters round.
+const printable = text => String(text).replace(/[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u202a-\u202e\u2066-\u2069]/g, "");
+
 function say(text, wrong = false) {
   $("status").textContent = text;
   $("status").classList.toggle("wrong", wrong);
@@ -99,7 +102,7 @@ function render(text, into) {
 
 // The X-ray: each token on a ground from blue (sure) to orange (unlikely); a click shows what else there was.
 const percent = logprob => { const p = 100 * Math.exp(logprob); return p >= 99.95 ? "100%" : p >= 0.1 ? p.toFixed(1) + "%" : "< 0.1%"; };
-const visible = t => t === "" ? "∅" : t.replace(/\n/g, "⏎\n");
+const visible = t => t === "" ? "∅" : printable(t).replace(/\n/g, "⏎\n");
 function ground(logprob) {
   const unlikely = Math.min(1, -logprob / 5), sure = [207, 230, 245], odd = [251, 190, 120];
   return `rgb(${sure.map((c, i) => Math.round(c + (odd[i] - c) * unlikely)).join(" ")})`;
@@ -110,7 +113,7 @@ function xray(m, into) {
   for (const [i, t] of (m.tokens || []).entries()) {
     const b = make("button", { type: "button", textContent: visible(t.token), title: percent(t.logprob) });
     b.setAttribute("aria-expanded", "false");
-    b.setAttribute("aria-label", `${t.token}, ${percent(t.logprob)}`);
+    b.setAttribute("aria-label", `${printable(t.token)}, ${percent(t.logprob)}`);
     b.style.background = ground(t.logprob);
     b.onclick = () => {
       for (const other of box.children) other.setAttribute("aria-expanded", String(other === b));
@@ -170,9 +173,9 @@ async function look(m, i, into) {
 // Showing
 const action = (name, f, props = {}) => make("button", { type: "button", textContent: name, onclick: f, ...props });
 function fill(m, bubble) {
-  if (m.role === "user") bubble.textContent = m.content;
+  if (m.role === "user") bubble.textContent = printable(m.content);
   else if (m.seen && m.tokens?.length) xray(m, bubble);
-  else render(m.content, bubble);
+  else render(printable(m.content), bubble);
 }
 function show(m) {
   const bubble = make("div", { className: "bubble" }), actions = make("div", { className: "actions" });
@@ -185,7 +188,7 @@ function show(m) {
     after.setAttribute("aria-label", "Version after");
     actions.append(before, `${k + 1}/${same.length}`, after);
   }
-  actions.append(action("Copy", () => copy(m.content)));
+  actions.append(action("Copy", () => copy(printable(m.content))));
   if (m.role === "user") actions.append(action("Edit", () => edit(m, box), { disabled: busy }));
   else {
     actions.append(action("Regenerate", () => answer(m.parent), { disabled: busy }));
@@ -210,10 +213,10 @@ function draw() {
   }
   if (low || running) log.scrollTop = log.scrollHeight;
   $("list").replaceChildren(...chats.filter(c => c.messages.length).map(c => {
-    const open = action(c.title || "…", () => { stop(); chat = c; menu(false); draw(); $("text").focus(); });
+    const open = action(printable(c.title) || "…", () => { stop(); chat = c; menu(false); draw(); $("text").focus(); });
     if (c === chat) open.setAttribute("aria-current", "true");
     const gone = action("×", () => { if (c === chat) { stop(); chat = fresh(); } chats = chats.filter(o => o !== c); keep(); draw(); });
-    gone.setAttribute("aria-label", `Delete ${c.title}`);
+    gone.setAttribute("aria-label", `Delete ${printable(c.title)}`);
     return make("li", {}, open, gone);
   }));
   $("send").hidden = running !== null;
