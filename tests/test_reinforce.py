@@ -334,10 +334,16 @@ def test_what_a_person_gets_wrong_is_one_line(room, change, says):
 
 
 @pytest.mark.slow
-def test_killed_five_times_it_ends_alike(room):
+@pytest.mark.parametrize("method", ["grpo", "dpo"])
+def test_killed_five_times_it_ends_alike(room, method):
     "At random moments, in processes of their own; then the weights and the lines of a run that nobody disturbed."
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    line = LINE.replace("--steps 6", "--steps 40 --save_every 1 --log_every 1").split()
+    line = LINE.replace("--steps 6", "--steps 40 --save_every 1 --log_every 1")
+    if method == "dpo":
+        pairs = [dict(prompt=f"{who} fox {n}", chosen=" had a hat", rejected=" a red kite") for who in ("a", "the") for n in range(12)]
+        (room / "pairs.jsonl").write_text("".join(json.dumps(p) + "\n" for p in pairs))
+        line = "align --method dpo --model base --data pairs.jsonl --steps 150 --batch 2 --save_every 1 --log_every 1 --device cpu --threads 1 --dtype float32 --out run"
+    line = line.split()
     def start(*more): return subprocess.Popen([sys.executable, "-m", "tiny_llm", *more], cwd=room, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     whole = start(*[w if w != "run" else "whole" for w in line])
     assert whole.wait() == 0, whole.stderr.read()
