@@ -11,6 +11,7 @@ from tiny_llm.assistant import reinforce as R
 from tiny_llm.basics import UserError
 from tiny_llm.deployment.cli import try_line
 from tiny_llm.text.dialogues import SMALL_TALK, conversations
+from tiny_llm.training.code_tasks import code_tasks
 from tiny_llm.training.folder import load, save
 from tiny_llm.training.run import Run, read_metrics
 from tiny_llm.transformer.model import ModelConfig, Transformer
@@ -314,6 +315,15 @@ def test_align_from_the_command_line(room):
     assert Run(room / "run").made["goal"]["settings"]["reward"] == "mine:many_a"
     code, _, err = try_line(LINE, show=False)
     assert code == 2 and "already holds a run" in err
+
+
+def test_tasks_too_long_for_the_context_are_left_out(room):
+    tok = load(room / "base", "cpu")[1]
+    sizes = [len(R.prompt_ids(tok, t.prompt)) for t in code_tasks(40)]
+    longest = sorted(sizes)[20]
+    found = R.own_prompts("code", tok, longest, 40)
+    assert len(found) == sum(n <= longest for n in sizes) < 40
+    assert max(len(R.prompt_ids(tok, p)) for p in found) == longest
 
 
 @pytest.mark.parametrize("change, says", [
