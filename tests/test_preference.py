@@ -336,6 +336,21 @@ def test_a_reward_learns_what_is_chosen(how):
     assert abs(reward("Tell me", " good dog") - scores[0, 0].item()) < 1e-4
 
 
+def test_a_reward_that_reads_the_log_probability_begins_with_it():
+    "What a body that has learnt nothing yet says of a reply is its log-probability; then the body learns through it."
+    model, pairs = small(), [dict(prompt="Tell me", chosen=f" good {w}", rejected=f" bad {w}") for w in "dog cat tree house name road".split()]
+    replies, _ = _encoded(pairs, TOK, model.cfg.ctx)
+    likely, before = log_probs_of(model, replies, model.cfg.ctx), [w.clone() for w in model.parameters()]
+    scores, _ = reward_scores(fit_reward(model, TOK, pairs, steps=1, lr=1e-9, surprise=True), pairs)
+    assert_close(scores.double(), likely, atol=1e-3, rtol=1e-5)
+    frozen = fit_reward(model, TOK, pairs, frozen=True, surprise=True)
+    assert share_right(*reward_scores(frozen, pairs))["share"] == 1.0 and frozen.head.shape == (model.cfg.d_model + 1,)
+    reward = fit_reward(model, TOK, pairs, steps=60, lr=3e-3, surprise=True)
+    scores, _ = reward_scores(reward, pairs)
+    assert share_right(scores, pairs)["share"] == 1.0 and abs(reward("Tell me", " good dog") - scores[0, 0].item()) < 1e-3
+    assert sum(not torch.equal(v, w) for v, w in zip(model.parameters(), before)) > 5
+
+
 def test_shares_count_ties_half_and_kinds_apart():
     pairs = [dict(kind="a"), dict(kind="a"), dict(kind="b")]
     found = share_right(torch.tensor([[1.0, 0.0], [0.0, 0.0], [0.0, 1.0]]), pairs)

@@ -11,6 +11,7 @@ from tiny_llm.assistant import reinforce as R
 from tiny_llm.basics import UserError
 from tiny_llm.deployment.cli import try_line
 from tiny_llm.text.dialogues import SMALL_TALK, conversations
+from tiny_llm.training.code_tasks import code_tasks
 from tiny_llm.training.folder import load, save
 from tiny_llm.training.run import Run, read_metrics
 from tiny_llm.transformer.model import ModelConfig, Transformer
@@ -316,6 +317,15 @@ def test_align_from_the_command_line(room):
     assert code == 2 and "already holds a run" in err
 
 
+def test_tasks_too_long_for_the_context_are_left_out(room):
+    tok = load(room / "base", "cpu")[1]
+    sizes = [len(R.prompt_ids(tok, t.prompt)) for t in code_tasks(40)]
+    longest = sorted(sizes)[20]
+    found = R.own_prompts("code", tok, longest, 40)
+    assert len(found) == sum(n <= longest for n in sizes) < 40
+    assert max(len(R.prompt_ids(tok, p)) for p in found) == longest
+
+
 @pytest.mark.parametrize("change, says", [
     (("mine:many_a", "mine:raises"), "failed (IndexError"), (("mine:many_a", "mine:nan"), "is nan"), (("mine:many_a", "nobody"), "there is no reward"), (("--reward mine:many_a", ""), "needs a reward"),
     (("mine:many_a", "other:f"), "cannot be imported"), (("--method grpo", "--method ppo"), "choose one of"), (("--method grpo", "--method dpo"), "takes no reward"),
@@ -334,10 +344,16 @@ def test_what_a_person_gets_wrong_is_one_line(room, change, says):
 
 
 @pytest.mark.slow
-def test_killed_five_times_it_ends_alike(room):
+@pytest.mark.parametrize("method", ["grpo", "dpo"])
+def test_killed_five_times_it_ends_alike(room, method):
     "At random moments, in processes of their own; then the weights and the lines of a run that nobody disturbed."
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    line = LINE.replace("--steps 6", "--steps 40 --save_every 1 --log_every 1").split()
+    line = LINE.replace("--steps 6", "--steps 40 --save_every 1 --log_every 1")
+    if method == "dpo":
+        pairs = [dict(prompt=f"{who} fox {n}", chosen=" had a hat", rejected=" a red kite") for who in ("a", "the") for n in range(12)]
+        (room / "pairs.jsonl").write_text("".join(json.dumps(p) + "\n" for p in pairs))
+        line = "align --method dpo --model base --data pairs.jsonl --steps 150 --batch 2 --save_every 1 --log_every 1 --device cpu --threads 1 --dtype float32 --out run"
+    line = line.split()
     def start(*more): return subprocess.Popen([sys.executable, "-m", "tiny_llm", *more], cwd=room, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     whole = start(*[w if w != "run" else "whole" for w in line])
     assert whole.wait() == 0, whole.stderr.read()

@@ -249,11 +249,13 @@ def reply_log_probs(
     model,                # Transformer
     b: PairBatch,
     dtype=torch.float32,  # of the products
+    hidden=None,          # (B, T, C) hidden states, where they are at hand
 ):                        # (pairs, 2) float64, nats: chosen, rejected
     "The log-probability of each reply, equation (4.04.4), all in one pass."
     counted = b.count > 0
     with torch.autocast(b.x.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-        logits = model.head(model.hidden_states(b.x, b.doc, b.pos)[counted])
+        if hidden is None: hidden = model.hidden_states(b.x, b.doc, b.pos)
+        logits = model.head(hidden[counted])
     log_p = -F.cross_entropy(logits.float(), b.y[counted], reduction="none")
     if b.ref.dtype == torch.float64: log_p = log_p.double()     # a margin is the small difference of large sums
     return log_p.new_zeros(2 * len(b.w)).index_add(0, b.reply[counted], log_p).view(-1, 2)
@@ -296,16 +298,20 @@ class Reward:
     def __init__(self,
         model,       # Transformer, the body
         tok,         # Tokenizer
-        head=None,   # (C,) weights of the score; None: zeros
+        head=None,   # (C,) weights of the score, with surprise (C + 1,); None: zeros
+        surprise: bool = False,   # read the log-probability of the reply besides
     ):
-        self.model, self.tok = model, tok
-        self.head = torch.zeros(model.cfg.d_model, device=model.device) if head is None else head
+        self.model, self.tok, self.surprise = model, tok, surprise
+        self.head = torch.zeros(model.cfg.d_model + surprise, device=model.device) if head is None else head
 
     def states(self,
         b: PairBatch,
-    ):      # (2·pairs, C)
-        "The hidden states at the last tokens of the replies."
-        return self.model.hidden_states(b.x, b.doc, b.pos).flatten(0, 1)[b.last].float()
+    ):      # (2·pairs, C), with surprise (2·pairs, C + 1)
+        "What the head reads: the hidden states at the last tokens, and log π of the replies behind them."
+        hidden = self.model.hidden_states(b.x, b.doc, b.pos)
+        found = hidden.flatten(0, 1)[b.last].float()
+        if not self.surprise: return found
+        return torch.cat([found, reply_log_probs(self.model, b, hidden=hidden).float().view(-1, 1)], 1)
 
     def scores(self,
         b: PairBatch,
@@ -381,16 +387,18 @@ def fit_reward(
     batch: int = 8,          # pairs at once
     lr: float = 1e-3,        # at its highest
     penalty: float = 1e-3,   # on the squared weights of the head of a frozen body
+    surprise: bool = False,  # read the log-probability of the reply besides the last hidden state
     ctx: int = None,         # T, predictions per row; None: the model's
     seed: int = 0,           # of the order of the pairs
 ) -> Reward:
     "Learn a reward from pairs, by equation (4.04.3)."
-    reward, ctx = Reward(model, tok), ctx or model.cfg.ctx
+    reward, ctx = Reward(model, tok, surprise=surprise), ctx or model.cfg.ctx
     replies, _ = _encoded(pairs, tok, ctx)
     model.eval()
     if frozen:
         _fit_head(reward, replies, ctx, penalty)
         return reward
+    if surprise: reward.head[-1] = 1.0               # at first the likelier reply is the better one
     reward.head.requires_grad_(True)
     weights = [p for p in model.parameters() if p.requires_grad]
     batches = PairBatches(replies, torch.zeros(len(replies) // 2, 2), ctx, batch, seed)

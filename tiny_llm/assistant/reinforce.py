@@ -662,7 +662,7 @@ def own_prompts(name, tok, longest, limit=None):
     "The prompts that belong to a reward."
     n = limit or 2000
     if name == "stories": return story_prompts(tok, n, longest)
-    if name == "code": return [task.prompt for task in code_tasks(n)]
+    if name == "code": return [t.prompt for t in code_tasks(n) if len(prompt_ids(tok, t.prompt)) <= longest]
     raise UserError(f"the reward {name} brings no prompts; name a file of them with data")
 
 # %% ../../nbs/4_assistant/05_reinforce.ipynb #2fb86632
