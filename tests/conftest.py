@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")      # idle OpenMP threads sleep instead of spinning on two cores
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "agg")
+if "PYTEST_XDIST_WORKER" in os.environ: os.environ.setdefault("OMP_NUM_THREADS", "1")   # a worker per core, a thread per worker
 os.environ.setdefault("TINY_LLM_SIGNS", "0")             # what a command prints is the same on a busy machine; test_watch.py has them
 os.environ.setdefault("PYTEST_TIMEOUT", "600")           # seconds for one test, read by pytest-timeout
 sys.path[:0] = [p for p in (str(ROOT), str(ROOT/"tests"), str(ROOT/"nbs"/"_tools")) if p not in sys.path]

@@ -110,6 +110,7 @@ open("size", "w").write(str(len(letters)))
 """}
 
 
+@pytest.mark.slow
 def test_a_whole_comparison(tmp_path, capsys):
     "With a checkout in whose place a model stands that knows nothing, and two steps of ours."
     for name, code in STAND_IN.items():

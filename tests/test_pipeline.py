@@ -68,6 +68,7 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="kill -9")
 def test_killed_and_stopped_in_every_stage(desk):
     "Killed in the first and the third stage, asked to stop in the second: bit by bit what it would have been."

@@ -36,12 +36,12 @@ def weights(run): return [p.detach().clone() for p in run.model.parameters()]
 
 @pytest.mark.parametrize("dtype, optimizer", [("float32", "adamw"), ("bfloat16", "adamw"), ("float32", "muon")])
 def test_a_pause_changes_no_bit(tmp_path, dtype, optimizer):
-    settings = dict(steps=200, batch=2, dtype=dtype, optimizer=optimizer)
+    settings = dict(steps=60, batch=2, dtype=dtype, optimizer=optimizer)
     whole = go(**settings)
-    paused = go(tmp_path/"run", stop_at=100, **settings)
-    assert (paused.summary["stopped"], paused.summary["step"]) == ("paused", 100)
+    paused = go(tmp_path/"run", stop_at=30, **settings)
+    assert (paused.summary["stopped"], paused.summary["step"]) == ("paused", 30)
     rest = go(tmp_path/"run", seed=7, resume=True)  # other initial weights: all must come from the folder
-    assert rest.summary["step"] == 200
+    assert rest.summary["step"] == 60
     assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(rest)))
     losses = lambda run: [(r["step"], r["loss"], r["lr"]) for r in run.metrics if "loss" in r]
     assert losses(whole) == losses(rest)
@@ -111,6 +111,7 @@ def session(folder, resume, kill_after=None):
     return p.returncode == 0
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="kill -9")
 def test_kill_minus_nine_at_random_moments(tmp_path):
     folder, rng, done, kills = tmp_path/"run", random.Random(), False, 0
@@ -164,6 +165,7 @@ def test_a_run_in_minutes_ends_on_time_and_resumes(tmp_path):
     assert json.loads((tmp_path/"run"/"config.json").read_text())["minutes"] == 0.6
 
 
+@pytest.mark.slow
 def test_a_run_in_steps_does_not_depend_on_how_busy_the_machine_is(tmp_path):
     "The same line twice, the second time beside two busy loops and with nothing measured before: the same settings, the same weights."
     line = [sys.executable, "-m", "tiny_llm", "train", "--data", "stories", "--limit", "200", "--vocab_size", "300", "--preset", "tiny", "--ctx", "64",

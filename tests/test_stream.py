@@ -248,6 +248,7 @@ def go(out=None, seed=0, **kw):
                  **settings, **kw)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="kill -9")
 def test_killed_in_the_middle_of_a_stream(tmp_path):
     "Killed twice, parts apart; then the same weights, lines and fingerprint as if nothing had happened."

@@ -211,7 +211,15 @@ def test_a_signal_from_outside_is_a_key(desk):
     assert t.code() == 0 and "Traceback" not in t.seen
 
 
-def test_a_signal_while_the_editor_opens_or_closes():
+@pytest.fixture
+def heeds():
+    "Ctrl-C is heard, also where whoever started pytest had it ignored."
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_signal_while_the_editor_opens_or_closes(heeds):
     "It is heard, and nothing is raised within the editor, whose event loop would stay open."
     from prompt_toolkit.application import create_app_session
     from prompt_toolkit.input import create_pipe_input

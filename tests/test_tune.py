@@ -44,6 +44,7 @@ here.search(sys.argv[1], trials=8, callbacks=[die])
 """
 
 
+@pytest.mark.slow
 def test_a_kill_loses_no_trial(tmp_path):
     out = tmp_path/"s"
     end = subprocess.run([sys.executable, "-c", KILLED, str(out)], capture_output=True, text=True, timeout=300)

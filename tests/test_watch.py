@@ -456,6 +456,7 @@ def test_wandb_offline(tmp_path):
     assert len(ids) == 1
 
 
+@pytest.mark.slow
 def test_wandb_over_a_kill(tmp_path, root):
     done, id = killed_and_resumed(tmp_path/"run", "wandb", root)
     rows, _, _, ids = from_wandb(tmp_path/"run")
@@ -492,6 +493,7 @@ def from_mlflow(out, id):
     return {n: p for n, p in found.items() if not n.startswith("summary/")}, data, client
 
 
+@pytest.mark.slow
 def test_mlflow_in_a_file_over_a_kill(tmp_path, root):
     done, id = killed_and_resumed(tmp_path/"run", "mlflow", root)
     rows, data, client = from_mlflow(tmp_path/"run", id)

@@ -27,7 +27,7 @@ def empty(built, tmp_path_factory):
     where = tmp_path_factory.mktemp("empty")/"env"
     venv.create(where, with_pip=False, symlinks=os.name != "nt")
     python = where/("Scripts/python.exe" if os.name == "nt" else "bin/python")
-    run([sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps", "--no-index", built[1]], where.parent, 180)
+    run([sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps", "--no-index", built[1]], where.parent, 180, PYTHONPATH="")
     return python
 
 
