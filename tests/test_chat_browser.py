@@ -131,9 +131,15 @@ def opened(kind, address, **more):
 
 
 @pytest.fixture
-def page(tmp_path):
+def lab(tmp_path):
+    "The address of the notebook in a JupyterLab of our own."
+    with served("lab", tmp_path, SETUP.strip(), CELL, "6 * 7") as address: yield address
+
+
+@pytest.fixture
+def page(lab):
     "The notebook in JupyterLab, open and run."
-    with served("lab", tmp_path, SETUP.strip(), CELL, "6 * 7") as address, opened("lab", address) as page: yield page
+    with opened("lab", lab) as page: yield page
 
 
 def watch(page, until, pause=0.03, seconds=60):
