@@ -43,3 +43,37 @@ def nameless(page):
     "Controls without a name for those who do not see them."
     return page.evaluate("""() => [...document.querySelectorAll('button, input, select, textarea')].filter(e =>
         !(e.labels?.length || e.getAttribute('aria-label') || e.textContent.trim())).map(e => e.outerHTML)""")
+
+
+# By keyboard
+
+def here(page): return page.evaluate("document.activeElement.id || document.activeElement.textContent")
+
+def tab_to(page, wanted, key="Tab", most=60):
+    "Go on to what bears this id or text; whatever has the focus on the way shows it."
+    for _ in range(most):
+        if here(page) == wanted: return
+        page.keyboard.press(key)
+        assert page.evaluate("() => { const e = document.activeElement; return e === document.body || getComputedStyle(e).outlineStyle !== 'none' }"), here(page)
+    raise AssertionError(f"{wanted} is not reached; it ended at {here(page)!r}")
+
+def choose_by_keys(page, **settings):
+    "Settings, by the dialog, from the text box and back to it; in the order in which they stand there."
+    tab_to(page, "settings", "Shift+Tab")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#dialog[open]")
+    for name, value in settings.items():
+        for _ in range(12):
+            if page.evaluate("document.activeElement.name") == name: break
+            page.keyboard.press("Tab")
+        page.keyboard.type(str(value))
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#dialog", state="hidden")
+    tab_to(page, "text")
+
+def stop_by_keys(page):
+    "Escape while a reply is written, once it is long enough to see."
+    until(lambda: bubbles(page) and len(bubbles(page)[-1]) > 120)
+    page.keyboard.press("Escape")
+    settle(page)
+    assert "stopped" in page.locator(".assistant .actions").inner_text() and here(page) == "text"

@@ -6,7 +6,7 @@ import json, re, time
 
 import pytest
 
-from pages import act, bubbles, choose, contrast, nameless, say, settle, until
+from pages import act, bubbles, choose, choose_by_keys, contrast, here, nameless, say, settle, stop_by_keys, tab_to, until
 
 pytest.importorskip("fastapi", reason="the extra serve is not installed: pip install 'tiny_llm[serve]'")
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
@@ -254,40 +254,20 @@ def test_phone_and_dark(page, tmp_path):
 @pytest.mark.timeout(300)
 def test_keyboard_alone(page, tmp_path):
     "No mouse: settings, a message of two lines, stop, regenerate, X-ray; every control has a name and shows its focus."
-    def here(): return page.evaluate("document.activeElement.id || document.activeElement.textContent")
-    def tab_to(wanted, key="Tab", most=60):
-        for _ in range(most):
-            if here() == wanted: return
-            page.keyboard.press(key)
-            assert page.evaluate("""() => { const e = document.activeElement; return e === document.body || getComputedStyle(e).outlineStyle !== 'none' }"""), here()
-        raise AssertionError(f"{wanted} is not reached; it ended at {here()!r}")
     page.wait_for_function("document.activeElement.id === 'text'")
-    tab_to("settings", "Shift+Tab")
-    page.keyboard.press("Enter")
-    page.wait_for_selector("#dialog[open]")
-    for name, value in (("temperature", "0"), ("max_tokens", "900")):
-        for _ in range(12):
-            if page.evaluate("document.activeElement.name") == name: break
-            page.keyboard.press("Tab")
-        page.keyboard.type(value)
-    page.keyboard.press("Enter")
-    page.wait_for_selector("#dialog", state="hidden")
-    tab_to("text")
+    choose_by_keys(page, temperature=0, max_tokens=900)
     page.keyboard.type("First line")
     page.keyboard.press("Shift+Enter")
     page.keyboard.type("second line")
     page.keyboard.press("Enter")
-    until(lambda: bubbles(page) and len(bubbles(page)[-1]) > 120)
-    page.keyboard.press("Escape")
-    settle(page)
-    assert "stopped" in page.locator(".assistant .actions").inner_text() and bubbles(page, "user") == ["First line\nsecond line"]
-    assert here() == "text"
-    tab_to("X-ray", "Shift+Tab")
+    stop_by_keys(page)
+    assert bubbles(page, "user") == ["First line\nsecond line"]
+    tab_to(page, "X-ray", "Shift+Tab")
     page.keyboard.press("Enter")
     page.wait_for_selector(".xray")
-    assert here() == "X-ray"
+    assert here(page) == "X-ray"
     page.keyboard.press("Enter")
-    tab_to("Regenerate", "Shift+Tab")
+    tab_to(page, "Regenerate", "Shift+Tab")
     page.keyboard.press("Enter")
     page.wait_for_selector("#stop:not([hidden])")
     page.keyboard.press("Escape")

@@ -9,7 +9,7 @@ import functools, http.server, json, math, os, random, re, subprocess, sys, thre
 import numpy as np
 import pytest
 
-from pages import act, bubbles, choose, contrast, nameless, say, settle, until
+from pages import act, bubbles, choose, choose_by_keys, contrast, here, nameless, say, settle, stop_by_keys, tab_to, until
 
 pytest.importorskip("onnxruntime", reason="the extra export is not installed: pip install 'tiny_llm[export]'")
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
@@ -251,36 +251,16 @@ def test_probabilities_alternatives_and_attention(page, site, tmp_path):
 def test_phone_dark_and_keyboard_alone(page, site, tmp_path):
     page.set_viewport_size(dict(width=390, height=780))
     opened(page, site)
-    def here(): return page.evaluate("document.activeElement.id || document.activeElement.textContent")
-    def tab_to(wanted, key="Tab", most=60):
-        for _ in range(most):
-            if here() == wanted: return
-            page.keyboard.press(key)
-            assert page.evaluate("() => { const e = document.activeElement; return e === document.body || getComputedStyle(e).outlineStyle !== 'none' }"), here()
-        raise AssertionError(f"{wanted} is not reached; it ended at {here()!r}")
-    until(lambda: here() == "text")
-    tab_to("settings", "Shift+Tab")
-    page.keyboard.press("Enter")
-    page.wait_for_selector("#dialog[open]")
-    for name, value in (("temperature", "0"), ("max_tokens", "900")):
-        for _ in range(12):
-            if page.evaluate("document.activeElement.name") == name: break
-            page.keyboard.press("Tab")
-        page.keyboard.type(value)
-    page.keyboard.press("Enter")
-    page.wait_for_selector("#dialog", state="hidden")
-    tab_to("text")
+    until(lambda: here(page) == "text")
+    choose_by_keys(page, temperature=0, max_tokens=900)
     page.keyboard.type("A message that is long enough to take several lines on a telephone, and a wordthatislongerthananytelephoneiswide")
     page.keyboard.press("Enter")
-    until(lambda: bubbles(page) and len(bubbles(page)[-1]) > 120)
-    page.keyboard.press("Escape")
-    settle(page)
-    assert "stopped" in page.locator(".assistant .actions").inner_text() and here() == "text"
-    tab_to("X-ray", "Shift+Tab")
+    stop_by_keys(page)
+    tab_to(page, "X-ray", "Shift+Tab")
     page.keyboard.press("Enter")
     page.wait_for_selector(".xray")
-    assert here() == "X-ray"
-    tab_to(site.tok.decode(site.tok.encode(SAID)[2:3]), "Shift+Tab", 200)
+    assert here(page) == "X-ray"
+    tab_to(page, site.tok.decode(site.tok.encode(SAID)[2:3]), "Shift+Tab", 200)
     page.keyboard.press("Enter")
     page.wait_for_selector(".looked select")
     def wide(): return page.evaluate("document.documentElement.scrollWidth - window.innerWidth")
@@ -300,7 +280,7 @@ def test_phone_dark_and_keyboard_alone(page, site, tmp_path):
     button.focus()
     page.keyboard.press("Enter")                              # on from another token, and stopped
     page.wait_for_selector("#stop:not([hidden])")
-    assert here() == "text"
+    assert here(page) == "text"
     page.keyboard.press("Escape")
     settle(page)
     assert "2/2" in page.locator(".assistant .actions").inner_text()
