@@ -153,6 +153,21 @@ def watch(page, until, pause=0.03, seconds=60):
     raise AssertionError(f"after {seconds} s the reply is {seen[-1]!r}")
 
 
+def greet(page, box):
+    "A greeting that would like to be more than text, typed as fast as a machine can and sent by Enter."
+    typed = "Hello <img src=x onerror=alert(1)> & <|end|>"
+    box.click()
+    page.keyboard.type(typed)
+    page.keyboard.press("Enter")
+    return typed
+
+
+def is_text(page, typed):
+    "What was typed and what was generated are text: no picture, no bold, no script."
+    assert page.locator(".tiny-llm-chat .tiny-llm-user .tiny-llm-text").all_text_contents() == [typed]
+    assert page.locator(".tiny-llm-text img, .tiny-llm-text b").count() == 0 and page.dialogs == []
+
+
 def button(page, name): return page.locator(".tiny-llm-chat button", has_text=name)
 
 
@@ -162,10 +177,7 @@ def test_chat_cell_in_chromium(page, tmp_path):
     shot = lambda name: page.screenshot(path=tmp_path/f"{name}.png")
 
     # Sent by Enter, typed as fast as a machine can; streamed in several steps, each the beginning of the next.
-    typed = "Hello <img src=x onerror=alert(1)> & <|end|>"
-    box.click()
-    page.keyboard.type(typed)
-    page.keyboard.press("Enter")
+    typed = greet(page, box)
     watch(page, lambda text: len(text) > 30)
     shot("1_streaming")
     assert button(page, "Send").is_disabled() and button(page, "Stop").is_enabled()
@@ -176,8 +188,7 @@ def test_chat_cell_in_chromium(page, tmp_path):
     shot("2_complete")
 
     # What was typed and what was generated are text: no picture, no bold, no script; the box is empty again.
-    assert page.locator(".tiny-llm-chat .tiny-llm-user .tiny-llm-text").all_text_contents() == [typed]
-    assert page.locator(".tiny-llm-text img, .tiny-llm-text b").count() == 0 and page.dialogs == []
+    is_text(page, typed)
     assert box.input_value() == ""
 
     # Sent by a click; while it streams the kernel runs another cell; stopped in mid-reply, and it stays as it was.
@@ -375,17 +386,13 @@ def test_elsewhere_in_chromium(kind, tmp_path):
     with served(kind, tmp_path, SETUP.strip(), CELL) as address, opened(kind, address) as page:
         shot = lambda name: page.screenshot(path=tmp_path/f"{kind}_{name}.png")
         box = page.locator(".tiny-llm-chat input[type=text]").first
-        typed = "Hello <img src=x onerror=alert(1)> & <|end|>"
-        box.click()
-        page.keyboard.type(typed)
-        page.keyboard.press("Enter")
+        typed = greet(page, box)
         seen = watch(page, lambda text: text == SAID)
         assert len(seen) >= 5, f"the text came in {len(seen)} steps"
         assert all(later.startswith(earlier) for earlier, later in zip(seen, seen[1:]))
         page.wait_for_selector(".tiny-llm-chat >> text=tokens/s")
         shot("1_said")
-        assert page.locator(".tiny-llm-chat .tiny-llm-user .tiny-llm-text").all_text_contents() == [typed]
-        assert page.locator(".tiny-llm-text img, .tiny-llm-text b").count() == 0 and page.dialogs == []
+        is_text(page, typed)
         kept = page.locator(".tiny-llm-kept")
         assert not any(kept.nth(n).is_visible() for n in range(kept.count())), "the conversation is shown twice"
         page.locator(".tiny-llm-message .tiny-llm-copy").nth(1).click()
